@@ -1,0 +1,133 @@
+//! Tests of lending across threads, with a real event loop on a thread of its own.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, SubscriberOps};
+use vmm_migration::state::Saved;
+
+use super::*;
+use crate::bus::BusDevice;
+use crate::virtio::core::status;
+use crate::virtio::mmio::{VirtioMmio, register};
+use crate::virtio::testing::{Buf, CountingLine, Driver, DriverRing, Echo, IoLoop, ram};
+
+/// How long another thread may take for what takes it microseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Loop {
+    endpoint: RemoteEndpoint<IoTask>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Loop {
+    fn start() -> Self {
+        let mut manager = EventManager::<IoTask>::new().unwrap();
+        let endpoint = manager.remote_endpoint();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::SeqCst) {
+                manager.run().unwrap();
+            }
+        });
+        Self { endpoint, stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.endpoint.kick().unwrap();
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// The driver of a device whose I/O thread is a real one.
+fn threaded(io: &Loop) -> Driver {
+    let (ram, line) = (ram(0x2_0000), Arc::new(CountingLine::default()));
+    let lender = Box::new(io.endpoint.clone());
+    let irq: Arc<dyn crate::irq::IrqLine> = line.clone();
+    let device = VirtioMmio::new(Echo::new().0, ram.clone(), irq, lender).unwrap();
+    let mut driver = Driver { device, line, io: IoLoop::new(), ram };
+    driver.device.resume();
+    driver
+}
+
+fn wait_used(ring: &mut DriverRing) -> (u16, u32) {
+    let start = Instant::now();
+    loop {
+        if let Some(used) = ring.pop_used() {
+            return used;
+        }
+        assert!(start.elapsed() < PATIENCE, "the worker doesn't answer");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+#[test]
+fn a_device_works_on_another_thread_and_comes_home_whenever_asked() {
+    let io = Loop::start();
+    let mut driver = threaded(&io);
+    let mut rings = driver.start(0x1000, &[16, 8], 0);
+    for round in 0..50 {
+        let head = rings[0].add(&[Buf::readable(0x8000, 4), Buf::writable(0x8100, 4)]);
+        driver.write(register::QUEUE_NOTIFY, 0);
+        if round % 2 == 0 {
+            driver.device.quiesce();
+            driver.device.save_section(0).unwrap();
+            driver.device.resume();
+        }
+        assert_eq!(wait_used(&mut rings[0]), (head, 4));
+    }
+    driver.write(register::STATUS, 0);
+    assert_eq!(driver.status(), 0);
+}
+
+#[test]
+fn resets_race_with_requests_and_faults_without_harm() {
+    let io = Loop::start();
+    let mut driver = threaded(&io);
+    for round in 0..100u16 {
+        let mut rings = driver.start(0x1000, &[16, 8], 0);
+        rings[0].add(&[Buf::readable(0x8000, 4), Buf::writable(0x8100, 4)]);
+        if round % 3 == 0 {
+            rings[0].set_avail_idx(0x4000);
+        }
+        driver.write(register::QUEUE_NOTIFY, 0);
+        // The next start resets the device at any point of its work.
+    }
+    let mut rings = driver.start(0x1000, &[16, 8], 0);
+    let head = rings[0].add(&[Buf::readable(0x8000, 4), Buf::writable(0x8100, 4)]);
+    driver.write(register::QUEUE_NOTIFY, 0);
+    assert_eq!(wait_used(&mut rings[0]), (head, 4));
+    assert_eq!(driver.status() & status::NEEDS_RESET, 0);
+    driver.device.quiesce();
+}
+
+struct Flag(EventFd, Arc<AtomicBool>);
+
+impl MutEventSubscriber for Flag {
+    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
+        self.0.read().unwrap();
+        self.1.store(true, Ordering::SeqCst);
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        ops.add(Events::new(&self.0, EventSet::IN)).unwrap();
+        self.0.write(1).unwrap();
+    }
+}
+
+#[test]
+fn other_tasks_share_the_loop_and_are_no_workers() {
+    let mut manager = EventManager::<IoTask>::new().unwrap();
+    let seen = Arc::new(AtomicBool::new(false));
+    let fd = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    let id = manager.add_subscriber(IoTask::Other(Box::new(Flag(fd, Arc::clone(&seen)))));
+    manager.run_with_timeout(1000).unwrap();
+    assert!(seen.load(Ordering::SeqCst));
+    assert!(manager.remove_subscriber(id).unwrap().into_worker().is_none());
+}

@@ -1,0 +1,264 @@
+//! How fast the first round goes, beside a plain copy of the same memory through the same kind of socket.
+//!
+//! `cargo run --release -p vmm-migration --example throughput [MiB]`
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use vmm_migration::channel::{Channel, Flow, SystemClock};
+use vmm_migration::chunk::Builder;
+use vmm_migration::guest::{
+    Active, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved, Vacant,
+};
+use vmm_migration::pages::{PAGE_SIZE, PageSet, Run};
+use vmm_migration::plan::{CpuNeeds, MigrationId, Plan, Region, SPACE_RAM, SectionId, Space};
+use vmm_migration::policy::Limits;
+use vmm_migration::report::Progress;
+use vmm_migration::source::{self, Commitment, Deadlines, Options};
+use vmm_migration::state::Section;
+use vmm_migration::target::{self, Opening};
+
+/// A guest that does nothing: memory alone.
+struct Still(Vec<u8>);
+
+impl Still {
+    fn bytes(&mut self, run: Run) -> &mut [u8] {
+        let at = usize::try_from(run.address()).expect("within memory");
+        &mut self.0[at..at + usize::try_from(run.bytes()).expect("within memory")]
+    }
+}
+
+impl Memory for Still {
+    fn dirty_pages(&mut self, _into: &mut PageSet) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn read(&mut self, run: Run, bytes: &mut [u8]) -> Result<(), GuestError> {
+        bytes.copy_from_slice(self.bytes(run));
+        Ok(())
+    }
+}
+
+impl Live for Still {
+    type Halted = Still;
+
+    fn plan(&mut self) -> Result<Plan, GuestError> {
+        let pages = (self.0.len() / PAGE_SIZE) as u64;
+        Ok(Plan {
+            name: "still".into(),
+            paused: false,
+            config: Vec::new(),
+            spaces: vec![Space { id: SPACE_RAM, regions: vec![Region { first_page: 0, pages }] }],
+            touched_pages: pages,
+            sections: Vec::new(),
+            cpu: CpuNeeds::default(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+        })
+    }
+
+    fn example(&mut self) -> Result<Example, GuestError> {
+        Ok(Example::default())
+    }
+
+    fn start_tracking(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn first_pages(&mut self, window: Run, into: &mut PageSet) -> Result<(), GuestError> {
+        into.insert(window);
+        Ok(())
+    }
+
+    fn rearm(&mut self, _runs: &[Run]) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn throttle(&mut self, _percent: &[u8]) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn stop_tracking(&mut self) {}
+
+    fn stop(self) -> Result<Still, Failed<Self>> {
+        Ok(self)
+    }
+}
+
+impl Halted for Still {
+    type Live = Still;
+
+    fn sections(&mut self) -> Result<Vec<Section>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    fn paused(&self) -> bool {
+        false
+    }
+
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn retake_disks(&mut self) -> Result<Locks, GuestError> {
+        Ok(Locks::Taken)
+    }
+
+    fn trust_disks(&mut self) {}
+
+    fn resume(self) -> Result<Still, Failed<Self>> {
+        Ok(self)
+    }
+}
+
+struct Place;
+
+impl Host for Place {
+    type Vacant = Still;
+
+    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<Still>, Vec<String>> {
+        let pages = usize::try_from(plan.touched_pages).expect("it fits");
+        let guest = Still(vec![0; pages * PAGE_SIZE]);
+        Ok(Reserved { guest, locks_seen: false, warnings: Vec::new() })
+    }
+}
+
+impl Vacant for Still {
+    type Running = Vec<u8>;
+
+    fn parts(&self) -> Vec<SectionId> {
+        Vec::new()
+    }
+
+    fn try_restore(&mut self, _example: &[Section]) -> Result<(), Vec<String>> {
+        Ok(())
+    }
+
+    fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
+        Ok(self.bytes(run))
+    }
+
+    fn zero(&mut self, run: Run) -> Result<(), GuestError> {
+        self.bytes(run).fill(0);
+        Ok(())
+    }
+
+    fn restore(&mut self, _sections: &[Section]) -> Result<(), Vec<String>> {
+        Ok(())
+    }
+
+    fn activate(self, _paused: bool) -> Result<Active<Vec<u8>>, GuestError> {
+        Ok(Active { running: self.0, guest_stall_us: None })
+    }
+}
+
+fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let a = TcpStream::connect(listener.local_addr().expect("its address")).expect("connect");
+    let b = listener.accept().expect("accept").0;
+    for socket in [&a, &b] {
+        socket.set_nodelay(true).expect("TCP_NODELAY");
+        socket.set_read_timeout(Some(Duration::from_millis(100))).expect("SO_RCVTIMEO");
+        socket.set_write_timeout(Some(Duration::from_millis(100))).expect("SO_SNDTIMEO");
+    }
+    (a, b)
+}
+
+fn plain_copy(memory: &[u8]) -> f64 {
+    let (mut a, mut b) = pair();
+    // `write_all` and `read_exact` don't try again as a channel does.
+    a.set_write_timeout(None).expect("no SO_SNDTIMEO");
+    b.set_read_timeout(None).expect("no SO_RCVTIMEO");
+    let mut into = vec![0; memory.len()];
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| memory.chunks(1 << 20).for_each(|c| a.write_all(c).expect("write")));
+        into.chunks_mut(1 << 20).for_each(|c| b.read_exact(c).expect("read"));
+    });
+    mib(memory) / start.elapsed().as_secs_f64()
+}
+
+fn mib(memory: &[u8]) -> f64 {
+    f64::from(u32::try_from(memory.len() >> 20).expect("less than 4 PiB"))
+}
+
+fn migration(memory: &[u8]) -> f64 {
+    let (a, b) = pair();
+    let guest = Still(memory.to_vec());
+    let options = Options {
+        id: MigrationId([1; 16]),
+        software: "throughput".into(),
+        limits: Limits::default(),
+        bandwidth: None,
+        deadlines: Deadlines::default(),
+        dry_run: false,
+    };
+    let moved = std::thread::scope(|scope| {
+        let destination = scope.spawn(|| {
+            let mut observer = |_: &Progress| Flow::Continue;
+            let channel = Channel::new(b, SystemClock::default());
+            let opening =
+                target::accept(channel, target::Options::new("throughput"), &mut observer);
+            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
+            let activation = target
+                .reserve(&mut Place, &mut observer)
+                .and_then(|target| target.precopy(&mut observer))
+                .and_then(|target| target.stop_and_copy(&mut observer))
+                .and_then(|target| target.await_commit(&mut observer))
+                .and_then(target::Target::activate);
+            assert!(activation.expect("activated").into_parts().0 == memory, "another memory");
+        });
+        let mut observer = |_: &Progress| Flow::Continue;
+        let channel = Channel::new(a, SystemClock::default());
+        let commitment = source::migrate(channel, options, guest, &mut observer);
+        let Ok(Commitment::Moved(moved)) = commitment else { panic!("not moved") };
+        destination.join().expect("the destination");
+        moved
+    });
+    let first = &moved.report.rounds[0];
+    let downtime = moved.report.downtime.map_or(0, |downtime| downtime.total_us);
+    println!("    round 0: {} us, downtime of an idle guest: {downtime} us", first.time_us);
+    mib(memory) * 1e6 / f64::from(u32::try_from(first.time_us).expect("over an hour"))
+}
+
+/// What the source itself costs, without a socket: the best of many short turns, so that a busy machine
+/// shows in none of them.
+fn source_alone(value: u8) -> f64 {
+    const LEN: usize = 16 << 20;
+    let mut guest = Still(vec![value; LEN]);
+    let mut builder = Builder::new(SPACE_RAM, 256);
+    let whole = Run::new(0, (LEN / PAGE_SIZE) as u64).expect("a run");
+    let best = (0..100).map(|_| {
+        let start = Instant::now();
+        for piece in whole.pieces(256) {
+            builder.add(piece, |bytes| guest.read(piece, bytes)).expect("room");
+            if builder.is_full() {
+                let parts = builder.parts();
+                std::hint::black_box(parts.map(crc32fast::hash));
+                builder.clear();
+            }
+        }
+        builder.clear();
+        start.elapsed()
+    });
+    16.0 / best.min().expect("a hundred").as_secs_f64()
+}
+
+fn main() {
+    println!("source alone, data:  {:.0} MiB/s", source_alone(1));
+    println!("source alone, zeros: {:.0} MiB/s", source_alone(0));
+    let mib: usize = std::env::args().nth(1).map_or(512, |arg| arg.parse().expect("MiB"));
+    let mut memory = vec![0_u8; mib << 20];
+    let mut value = 1_u8;
+    for page in memory.chunks_mut(PAGE_SIZE) {
+        value = value.wrapping_mul(29).wrapping_add(7) | 1;
+        page.fill(value);
+    }
+    for _ in 0..3 {
+        println!("plain copy: {:.0} MiB/s", plain_copy(&memory));
+        println!("round 0:    {:.0} MiB/s", migration(&memory));
+    }
+    memory.fill(0);
+    println!("zero pages: {:.0} MiB/s", migration(&memory));
+}

@@ -1,0 +1,191 @@
+//! The receiving half of a [`Channel`]: messages whole, page data straight into its place.
+
+use super::{Channel, ChannelError, Wait};
+use crate::chunk::{self, CHUNK_HEAD_LEN, ENTRY_LEN, Entry};
+use crate::message::Message;
+use crate::wire::{self, CRC_LEN, HEAD_LEN, RecordHead, StreamKind, WireError, record};
+
+const READ_BUFFER: usize = 64 << 10;
+
+/// What arrived: a message, or the head of a `Pages` record whose data is to be fetched.
+pub(crate) enum Incoming {
+    Message(Message),
+    Pages(Pages),
+}
+
+/// A `Pages` record being received.
+pub(crate) struct Pages {
+    pub(crate) space: u16,
+    pub(crate) entries: Vec<Entry>,
+    crc: crc32fast::Hasher,
+}
+
+impl Channel {
+    /// Reads and checks the peer's preamble.
+    pub(crate) fn recv_preamble(&mut self, wait: &mut Wait) -> Result<(), ChannelError> {
+        let mut bytes = [0; wire::PREAMBLE_LEN];
+        self.read_exact(&mut bytes, wait)?;
+        Ok(wire::check_preamble(&bytes, StreamKind::Live)?)
+    }
+
+    /// Receives the next message; `Failed`, `Refused` and `Cancel` become [`ChannelError::Peer`].
+    pub(crate) fn recv(
+        &mut self,
+        expected: &'static str,
+        wait: &mut Wait,
+    ) -> Result<Message, ChannelError> {
+        match self.recv_any(wait)? {
+            Incoming::Message(message) => Ok(message),
+            Incoming::Pages(_) => Err(ChannelError::Unexpected { found: "Pages", expected }),
+        }
+    }
+
+    /// As [`Channel::recv`]; a `Pages` record is given with its table read, its data to be fetched.
+    pub(crate) fn recv_any(&mut self, wait: &mut Wait) -> Result<Incoming, ChannelError> {
+        loop {
+            let mut bytes = [0; HEAD_LEN];
+            self.read_exact(&mut bytes, wait)?;
+            let head = RecordHead::decode(bytes)?;
+            let mut crc = crc32fast::Hasher::new();
+            crc.update(&bytes);
+            if head.kind == record::PAGES {
+                return self.recv_table(head, crc, wait).map(Incoming::Pages);
+            }
+            let mut body = std::mem::take(&mut self.body);
+            body.resize(head.body_len(), 0);
+            let result = self.read_exact(&mut body, wait).and_then(|()| {
+                crc.update(&body);
+                self.finish(head.kind, crc, wait)?;
+                Ok(Message::parse(head.kind, &body))
+            });
+            body.clear();
+            body.shrink_to(READ_BUFFER);
+            self.body = body;
+            match result? {
+                Err(WireError::UnknownRecord { .. }) if head.optional => {}
+                Ok(Message::Failed(r) | Message::Refused(r) | Message::Cancel(r)) => {
+                    return Err(ChannelError::Peer(r.reasons));
+                }
+                message => return Ok(Incoming::Message(message?)),
+            }
+        }
+    }
+
+    fn recv_table(
+        &mut self,
+        head: RecordHead,
+        mut crc: crc32fast::Hasher,
+        wait: &mut Wait,
+    ) -> Result<Pages, ChannelError> {
+        let bad = |what| WireError::Malformed { kind: record::PAGES, what };
+        let mut left = head.body_len();
+        let mut bytes = [0; CHUNK_HEAD_LEN];
+        left = left.checked_sub(CHUNK_HEAD_LEN).ok_or(bad("no head"))?;
+        self.read_exact(&mut bytes, wait)?;
+        crc.update(&bytes);
+        let (space, runs) = chunk::decode_head(bytes)?;
+        left = left.checked_sub(runs * ENTRY_LEN).ok_or(bad("table cut short"))?;
+        let mut entries = Vec::with_capacity(runs);
+        for _ in 0..runs {
+            let mut bytes = [0; ENTRY_LEN];
+            self.read_exact(&mut bytes, wait)?;
+            crc.update(&bytes);
+            let entry = chunk::decode_entry(bytes)?;
+            left = left.checked_sub(entry.len).ok_or(bad("more data than the record has"))?;
+            entries.push(entry);
+        }
+        if left != 0 {
+            return Err(bad("data of no run").into());
+        }
+        Ok(Pages { space, entries, crc })
+    }
+
+    /// Fetches a run's data into place.
+    pub(crate) fn recv_data(
+        &mut self,
+        pages: &mut Pages,
+        mut into: &mut [u8],
+        wait: &mut Wait,
+    ) -> Result<(), ChannelError> {
+        // The checksum is taken while the bytes are still in the cache.
+        while !into.is_empty() {
+            let count = self.read_some(into, wait)?;
+            let (done, rest) = into.split_at_mut(count);
+            pages.crc.update(done);
+            into = rest;
+        }
+        Ok(())
+    }
+
+    /// Checks the checksum behind a `Pages` record.
+    pub(crate) fn recv_pages_end(
+        &mut self,
+        pages: Pages,
+        wait: &mut Wait,
+    ) -> Result<(), ChannelError> {
+        self.finish(record::PAGES, pages.crc, wait)
+    }
+
+    fn finish(
+        &mut self,
+        kind: u32,
+        crc: crc32fast::Hasher,
+        wait: &mut Wait,
+    ) -> Result<(), ChannelError> {
+        let mut found = [0; CRC_LEN];
+        self.read_exact(&mut found, wait)?;
+        let crc = crc.finalize();
+        if crc != u32::from_le_bytes(found) {
+            return Err(WireError::Checksum { kind }.into());
+        }
+        self.received_digest.add(crc);
+        Ok(())
+    }
+
+    fn read_exact(&mut self, mut into: &mut [u8], wait: &mut Wait) -> Result<(), ChannelError> {
+        while !into.is_empty() {
+            let count = self.read_some(into, wait)?;
+            into = &mut into[count..];
+        }
+        Ok(())
+    }
+
+    /// At least one byte: from the buffer if it holds any, else straight from the transport if much is
+    /// wanted, else by way of the buffer.
+    fn read_some(&mut self, into: &mut [u8], wait: &mut Wait) -> Result<usize, ChannelError> {
+        if self.incoming_at < self.incoming.len() {
+            let count = into.len().min(self.incoming.len() - self.incoming_at);
+            into[..count].copy_from_slice(&self.incoming[self.incoming_at..][..count]);
+            self.incoming_at += count;
+            return Ok(count);
+        }
+        if into.len() >= READ_BUFFER {
+            return self.read_io(into, wait);
+        }
+        let mut buffer = std::mem::take(&mut self.incoming);
+        buffer.resize(READ_BUFFER, 0);
+        let result = self.read_io(&mut buffer, wait);
+        buffer.truncate(*result.as_ref().unwrap_or(&0));
+        (self.incoming, self.incoming_at) = (buffer, 0);
+        result?;
+        self.read_some(into, wait)
+    }
+
+    fn read_io(&mut self, into: &mut [u8], wait: &mut Wait) -> Result<usize, ChannelError> {
+        let start = self.now();
+        loop {
+            match self.io.read(into) {
+                Ok(0) => return Err(ChannelError::Closed),
+                Ok(count) => {
+                    self.received_bytes += count as u64;
+                    return wait.late(start, self.now()).map_or(Ok(count), Err);
+                }
+                Err(e) => {
+                    if let Some(error) = self.trouble(e, start, wait) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! When to stop: a pure function of what was measured.
+//!
+//! The predicted downtime is the fixed cost of the stop (measured on the example at reservation, and the
+//! round trips) plus the time that the pages dirty now take at the rate measured. Below the limit the
+//! guest is stopped, unless one more round promises to make it much shorter still.
+
+use std::time::Duration;
+
+use crate::pages::PAGE_SIZE;
+
+/// Strongest throttle, in percent.
+pub const THROTTLE_PERCENT_MAX: u8 = 99;
+/// Rounds spent on making a downtime that is within the limit shorter still.
+const REFINE_ROUNDS_MAX: u32 = 20;
+/// Rate assumed before anything was sent, in bytes a second.
+const RATE_UNKNOWN: f64 = 1e9;
+/// A page and its share of the table, on the wire.
+const PAGE_WIRE: f64 = PAGE_SIZE as f64 + 20.0;
+
+/// What to do when the time is up and the limit was never met.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// Give up; the guest stays.
+    #[default]
+    Abort,
+    /// Stop the guest, whatever the downtime.
+    StopAndCopy,
+    /// Slow the vCPUs down until the limit can be met; give up at twice the timeout.
+    Throttle,
+}
+
+/// What the operator allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The downtime that is wanted at most.
+    pub downtime: Duration,
+    /// Time for pre-copy.
+    pub timeout: Duration,
+    /// And then.
+    pub on_timeout: OnTimeout,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let on_timeout = OnTimeout::default();
+        Self { downtime: Duration::from_millis(50), timeout: Duration::from_secs(600), on_timeout }
+    }
+}
+
+/// What a round showed.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// Time since pre-copy began.
+    pub elapsed: Duration,
+    /// Bytes of page data that went over in this round.
+    pub data_bytes: u64,
+    /// The time that they took, the destination's word included.
+    pub data_time: Duration,
+    /// Pages dirty now.
+    pub dirty_pages: u64,
+    /// The time in which they became so.
+    pub dirty_time: Duration,
+    /// The fixed cost of the stop.
+    pub fixed: Duration,
+    /// The bandwidth cap, in bytes a second.
+    pub bandwidth: Option<u64>,
+    /// Pages dirtied by each vCPU in this round. Empty: not known.
+    pub dirty_by_vcpu: Vec<u64>,
+}
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Another round.
+    Continue,
+    /// Another round, each vCPU throttled by this many percent (the last value goes for the rest).
+    Throttle(Vec<u8>),
+    /// Stop the guest now.
+    StopAndCopy,
+    /// Give up: the time is up.
+    TimedOut,
+    /// Give up: the fixed cost alone is over the limit, and waiting doesn't change it.
+    Unreachable,
+}
+
+/// A decision and the figures it rests on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Verdict {
+    /// What to do.
+    pub decision: Decision,
+    /// The downtime if the guest were stopped now.
+    pub downtime: Duration,
+    /// Pages dirtied in a second.
+    pub dirty_pages_per_s: u64,
+    /// Bytes that go over in a second.
+    pub send_bytes_per_s: u64,
+}
+
+/// The policy over one migration.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    limits: Limits,
+    data_bytes: f64,
+    data_seconds: f64,
+    refined: u32,
+    throttle: f64,
+}
+
+impl Policy {
+    /// A fresh one.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, data_bytes: 0.0, data_seconds: 0.0, refined: 0, throttle: 0.0 }
+    }
+
+    /// Decides at the end of a round.
+    pub fn decide(&mut self, now: &Measured) -> Verdict {
+        // Older rounds count half as much each: the rate follows the link without jumping at a round
+        // too small to measure by.
+        self.data_bytes = self.data_bytes / 2.0 + float(now.data_bytes);
+        self.data_seconds = self.data_seconds / 2.0 + now.data_time.as_secs_f64();
+        let rate = self.rate(now.bandwidth);
+        let dirty_rate = float(now.dirty_pages) / now.dirty_time.as_secs_f64().max(1e-6);
+        let transfer = float(now.dirty_pages) * PAGE_WIRE / rate;
+        let downtime = now.fixed.saturating_add(seconds(transfer));
+        let decision = self.choose(now, downtime, transfer, dirty_rate * PAGE_WIRE / rate);
+        let (dirty_pages_per_s, send_bytes_per_s) = (whole(dirty_rate), whole(rate));
+        Verdict { decision, downtime, dirty_pages_per_s, send_bytes_per_s }
+    }
+
+    fn rate(&self, bandwidth: Option<u64>) -> f64 {
+        let measured = if self.data_bytes > 0.0 && self.data_seconds > 0.0 {
+            self.data_bytes / self.data_seconds
+        } else {
+            RATE_UNKNOWN
+        };
+        bandwidth.map_or(measured, |cap| measured.min(float(cap))).max(1.0)
+    }
+
+    /// `ratio`: how large the next round will be beside this one, if the guest goes on as it does.
+    fn choose(
+        &mut self,
+        now: &Measured,
+        downtime: Duration,
+        transfer: f64,
+        ratio: f64,
+    ) -> Decision {
+        let fixed = now.fixed.as_secs_f64();
+        if downtime <= self.limits.downtime {
+            let worth = transfer > (fixed / 4.0).max(0.001) && ratio < 0.7;
+            if worth && self.refined < REFINE_ROUNDS_MAX && now.elapsed < self.limits.timeout {
+                self.refined += 1;
+                return Decision::Continue;
+            }
+            return Decision::StopAndCopy;
+        }
+        let hopeless = now.fixed > self.limits.downtime && transfer <= (fixed / 4.0).max(0.001);
+        let (on_timeout, timeout) = (self.limits.on_timeout, self.limits.timeout);
+        match on_timeout {
+            OnTimeout::StopAndCopy if hopeless || now.elapsed >= timeout => Decision::StopAndCopy,
+            _ if hopeless => Decision::Unreachable,
+            OnTimeout::Abort if now.elapsed >= timeout => Decision::TimedOut,
+            OnTimeout::Throttle if now.elapsed >= timeout.saturating_mul(2) => Decision::TimedOut,
+            OnTimeout::Throttle if now.elapsed >= timeout => {
+                Decision::Throttle(self.shares(ratio, &now.dirty_by_vcpu))
+            }
+            _ => Decision::Continue,
+        }
+    }
+
+    /// What each vCPU is to be slowed down by. The first step goes by how much too fast the guest
+    /// dirties; where that doesn't do (pages are dirtied over and over, which a dirty log can't see), each
+    /// next step leaves half of the speed that was left.
+    fn shares(&mut self, ratio: f64, dirty_by_vcpu: &[u64]) -> Vec<u8> {
+        self.throttle = if self.throttle == 0.0 {
+            (1.0 - 0.5 / ratio.max(1e-9)).clamp(0.2, 0.9)
+        } else {
+            1.0 - (1.0 - self.throttle) / 2.0
+        };
+        let most = dirty_by_vcpu.iter().copied().max().unwrap_or(0);
+        let percent = |part: f64| {
+            let percent = whole((self.throttle * part * 100.0).round());
+            u8::try_from(percent).unwrap_or(u8::MAX).min(THROTTLE_PERCENT_MAX)
+        };
+        if most == 0 {
+            return vec![percent(1.0)];
+        }
+        dirty_by_vcpu.iter().map(|pages| percent(float(*pages) / float(most))).collect()
+    }
+}
+
+/// A whole number as a float: exact below 2^53, and these are estimates.
+#[expect(clippy::cast_precision_loss, reason = "estimates")]
+pub(crate) fn float(value: u64) -> f64 {
+    value as f64
+}
+
+/// A float as a whole number, cut to the range.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
+pub(crate) fn whole(value: f64) -> u64 {
+    value as u64
+}
+
+/// Seconds as a span, at most a thousand years.
+pub(crate) fn seconds(value: f64) -> Duration {
+    Duration::from_secs_f64(value.clamp(0.0, 3e10))
+}
+
+#[cfg(test)]
+#[path = "policy_tests.rs"]
+mod tests;

@@ -1,0 +1,303 @@
+//! Writes a snapshot: all of it while the guest stands, or nearly all while it runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::memory_offset;
+use super::{BLOCK_LEN, Header, MEMORY_FILE, STATE_FILE, SnapshotError, encode_state, file_error};
+use crate::channel::Flow;
+use crate::guest::{GuestError, Halted, Live, Memory};
+use crate::pages::{PAGE_SIZE, PageSet, Run, is_zero};
+use crate::plan::{MigrationId, Space};
+use crate::report::{Observer, Progress, Stage};
+use crate::source::WINDOW_PAGES;
+use crate::state::Section;
+
+/// Rounds of a live snapshot, at most, before the guest is stopped.
+const ROUNDS_MAX: u32 = 8;
+/// Fewer dirty pages than these are left to the stop: 4 MiB.
+const LAST_PAGES: u64 = 1024;
+
+/// A snapshot that was written.
+#[derive(Debug)]
+pub struct Saved<L> {
+    /// The guest, which goes on.
+    pub guest: L,
+    /// The header.
+    pub header: Header,
+    /// Pages of `memory` that hold something.
+    pub pages: u64,
+}
+
+/// A snapshot that wasn't. Nothing of it is left.
+#[derive(Debug)]
+pub struct NotSaved<L, H> {
+    /// The guest, which goes on; or stands, whole, if it couldn't be resumed.
+    pub guest: Result<L, H>,
+    /// Why.
+    pub error: SnapshotError,
+}
+
+/// Writes a snapshot of the guest into `dir`, which must not exist yet, and lets the guest go on.
+///
+/// With `live` the guest runs while most of its memory is written. The files are written and synced
+/// under another name beside `dir`, which is renamed at the end: after a crash there is either a whole
+/// snapshot or none of this name. Disk locks stay held: the disks' contents are the caller's concern.
+///
+/// # Errors
+/// The guest is handed back, running unless it couldn't be resumed.
+pub fn save<L: Live>(
+    dir: &Path,
+    mut guest: L,
+    mut header: Header,
+    live: bool,
+    observer: &mut dyn Observer,
+) -> Result<Saved<L>, Box<NotSaved<L, L::Halted>>> {
+    let not_saved = |guest, error| Err(Box::new(NotSaved { guest, error }));
+    match guest.plan() {
+        Ok(plan) => header.plan = plan,
+        Err(source) => {
+            let error = SnapshotError::Guest { doing: "describing the guest", source };
+            return not_saved(Ok(guest), error);
+        }
+    }
+    let mut files = match Files::create(dir, &header) {
+        Ok(files) => files,
+        Err(error) => return not_saved(Ok(guest), error),
+    };
+    let mut left = match files.while_running(&mut guest, live, observer) {
+        Ok(left) => left,
+        Err(error) => {
+            guest.stop_tracking();
+            return not_saved(Ok(guest), error);
+        }
+    };
+    let mut halted = match guest.stop() {
+        Ok(halted) => halted,
+        Err(mut failed) => {
+            failed.guest.stop_tracking();
+            let error = SnapshotError::Guest { doing: "stopping the guest", source: failed.error };
+            return not_saved(Ok(failed.guest), error);
+        }
+    };
+    let saved = files.while_stopped(&mut halted, &mut left, observer);
+    let paused = halted.paused();
+    let guest = match halted.resume() {
+        Ok(guest) => guest,
+        Err(failed) => {
+            let error = SnapshotError::Guest { doing: "resuming the guest", source: failed.error };
+            return not_saved(Err(failed.guest), error);
+        }
+    };
+    // The guest runs again: what is left is the disk's time, not the guest's.
+    match saved.and_then(|sections| files.finish(dir, &header, &sections, paused)) {
+        Ok(pages) => Ok(Saved { guest, header, pages }),
+        Err(error) => not_saved(Ok(guest), error),
+    }
+}
+
+/// A snapshot's directory under its temporary name, removed unless finished.
+struct Files {
+    partial: PathBuf,
+    memory: File,
+    ram: Space,
+    written: PageSet,
+    sums: BTreeMap<u32, u32>,
+    stale: BTreeSet<u32>,
+    buffer: Vec<u8>,
+    progress: Progress,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // After the rename there is nothing of this name.
+        let _ = fs::remove_dir_all(&self.partial);
+    }
+}
+
+impl Files {
+    fn create(dir: &Path, header: &Header) -> Result<Self, SnapshotError> {
+        if dir.symlink_metadata().is_ok() {
+            return Err(SnapshotError::Exists(dir.display().to_string()));
+        }
+        let ram = header.plan.ram().cloned().filter(|_| header.plan.faults().is_empty());
+        let ram = ram.ok_or_else(|| SnapshotError::Damaged("a plan without RAM".to_owned()))?;
+        let partial = partial_name(dir, header.id);
+        fs::create_dir(&partial).map_err(|source| file_error("create", &partial, source))?;
+        let path = partial.join(MEMORY_FILE);
+        let memory = File::options().read(true).write(true).create_new(true).open(&path);
+        let memory = memory.map_err(|source| file_error("create", &path, source))?;
+        let files = Self {
+            partial,
+            memory,
+            written: PageSet::new(),
+            sums: BTreeMap::new(),
+            stale: BTreeSet::new(),
+            buffer: vec![0; BLOCK_LEN],
+            progress: Progress { pages_total: ram.pages(), ..Progress::default() },
+            ram,
+        };
+        let len = files.ram.pages() * PAGE_SIZE as u64;
+        files.memory.set_len(len).map_err(|source| file_error("write", &path, source))?;
+        Ok(files)
+    }
+
+    /// Finds what was ever touched and, if `live`, writes it round by round. Gives what is to be written
+    /// once the guest stands.
+    fn while_running<L: Live>(
+        &mut self,
+        guest: &mut L,
+        live: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<PageSet, SnapshotError> {
+        let tracking = |source| SnapshotError::Guest { doing: "dirty tracking", source };
+        self.progress.stage = Stage::PreCopy;
+        let mut left = PageSet::new();
+        guest.start_tracking().map_err(tracking)?;
+        let regions = self.ram.regions.clone();
+        for window in regions.iter().filter_map(|r| r.run()).flat_map(|r| r.pieces(WINDOW_PAGES)) {
+            guest.first_pages(window, &mut left).map_err(tracking)?;
+        }
+        let mut rounds = if live { ROUNDS_MAX } else { 0 };
+        while rounds > 0 && left.len() > LAST_PAGES {
+            let first = rounds == ROUNDS_MAX;
+            self.write_set(&left, observer, |run, bytes| {
+                if !first {
+                    guest.rearm(&[run])?;
+                }
+                guest.read(run, bytes)
+            })?;
+            left.clear();
+            guest.dirty_pages(&mut left).map_err(tracking)?;
+            self.progress.round += 1;
+            rounds -= 1;
+        }
+        Ok(left)
+    }
+
+    fn while_stopped<H: Halted>(
+        &mut self,
+        guest: &mut H,
+        left: &mut PageSet,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Section>, SnapshotError> {
+        let failed = |doing| move |source| SnapshotError::Guest { doing, source };
+        self.progress.stage = Stage::StopAndCopy;
+        guest.dirty_pages(left).map_err(failed("collecting the last dirty pages"))?;
+        self.write_set(left, observer, |run, bytes| Memory::read(guest, run, bytes))?;
+        guest.sections().map_err(failed("saving the guest's state"))
+    }
+
+    fn write_set(
+        &mut self,
+        set: &PageSet,
+        observer: &mut dyn Observer,
+        mut read: impl FnMut(Run, &mut [u8]) -> Result<(), GuestError>,
+    ) -> Result<(), SnapshotError> {
+        self.progress.pages_left = set.len();
+        let regions = self.ram.regions.clone();
+        for run in regions.iter().filter_map(|r| r.run()).flat_map(|region| set.runs_in(region)) {
+            let mut rest = Some(run);
+            while let Some(run) = rest {
+                // Pieces end where blocks do: a block written whole has its checksum at once.
+                let outside =
+                    || SnapshotError::Damaged("a page outside the guest's RAM".to_owned());
+                let first =
+                    Run::new(run.first(), 1).and_then(|page| memory_offset(&self.ram, page));
+                let offset = first.ok_or_else(outside)?;
+                let room = BLOCK_LEN as u64 - offset % BLOCK_LEN as u64;
+                let piece = run.pieces(room / PAGE_SIZE as u64).next().expect("a run has pages");
+                memory_offset(&self.ram, piece).ok_or_else(outside)?;
+                let len = usize::try_from(piece.bytes()).expect("at most 1 MiB");
+                let mut buffer = std::mem::take(&mut self.buffer);
+                let result = read(piece, &mut buffer[..len])
+                    .map_err(|source| SnapshotError::Guest { doing: "reading memory", source })
+                    .and_then(|()| self.write(piece, offset, &buffer[..len]));
+                self.buffer = buffer;
+                result?;
+                self.progress.pages_left -= piece.count();
+                self.progress.bytes += piece.bytes();
+                if observer.observe(&self.progress) == Flow::Cancel {
+                    return Err(SnapshotError::Cancelled);
+                }
+                rest = Run::new(piece.end(), run.end() - piece.end());
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a piece of one block, leaving holes where it is zero and always was.
+    fn write(&mut self, run: Run, offset: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
+        let block = u32::try_from(offset / BLOCK_LEN as u64)
+            .map_err(|_| SnapshotError::Damaged("RAM of over 4 PiB".to_owned()))?;
+        let zero = |page: &Run| is_zero(&bytes[index(run, *page)..][..PAGE_SIZE]);
+        let keep = |page: &Run| !zero(page) || self.written.contains(page.first());
+        let kept: PageSet = run.pieces(1).filter(keep).collect();
+        for piece in kept.runs_in(run) {
+            let at = index(run, piece);
+            let part = &bytes[at..at + usize::try_from(piece.bytes()).expect("at most 1 MiB")];
+            self.memory
+                .write_all_at(part, offset + at as u64)
+                .map_err(|source| file_error("write", &self.partial.join(MEMORY_FILE), source))?;
+            self.written.insert(piece);
+        }
+        if bytes.len() == BLOCK_LEN && !kept.is_empty() {
+            self.stale.remove(&block);
+            self.sums.insert(block, crc32fast::hash(bytes));
+        } else if !kept.is_empty() {
+            self.stale.insert(block);
+        }
+        Ok(())
+    }
+
+    /// The checksums of blocks written in pieces, then `state`, then the name.
+    fn finish(
+        mut self,
+        dir: &Path,
+        header: &Header,
+        sections: &[Section],
+        paused: bool,
+    ) -> Result<u64, SnapshotError> {
+        let path = self.partial.join(MEMORY_FILE);
+        let total = self.ram.pages() * PAGE_SIZE as u64;
+        for block in std::mem::take(&mut self.stale) {
+            let offset = u64::from(block) * BLOCK_LEN as u64;
+            let len = usize::try_from((total - offset).min(BLOCK_LEN as u64)).expect("1 MiB");
+            let read = self.memory.read_exact_at(&mut self.buffer[..len], offset);
+            read.map_err(|source| file_error("read", &path, source))?;
+            self.sums.insert(block, crc32fast::hash(&self.buffer[..len]));
+        }
+        self.memory.sync_all().map_err(|source| file_error("write", &path, source))?;
+        let path = self.partial.join(STATE_FILE);
+        let state = encode_state(header, sections, paused, &self.sums);
+        let written = File::create_new(&path).and_then(|mut file| {
+            file.write_all(&state)?;
+            file.sync_all()
+        });
+        written.map_err(|source| file_error("write", &path, source))?;
+        let sync = |path: &Path| File::open(path).and_then(|dir| dir.sync_all());
+        let parent = match dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        sync(&self.partial)
+            .and_then(|()| fs::rename(&self.partial, dir))
+            .and_then(|()| sync(parent))
+            .map_err(|source| file_error("create", dir, source))?;
+        Ok(self.written.len())
+    }
+}
+
+/// Where a page of a run begins in the run's bytes.
+fn index(run: Run, page: Run) -> usize {
+    usize::try_from(page.first() - run.first()).expect("at most 256") * PAGE_SIZE
+}
+
+fn partial_name(dir: &Path, id: MigrationId) -> PathBuf {
+    let mut name = dir.as_os_str().to_owned();
+    name.push(format!(".partial-{id}"));
+    PathBuf::from(name)
+}

@@ -1,0 +1,366 @@
+//! Stages 3 to 5: the stop, the last pages, and the guest changing hands.
+//!
+//! **The rule.** The source may resume iff no byte of `Commit` was written; the destination may run iff it
+//! read the whole `Commit`. Between the two lies the window in doubt: the source keeps the stopped
+//! guest and finds out, by asking over a new connection ([`InDoubt::ask`]), by the disks' locks
+//! ([`InDoubt::try_locks`]), or from the operator ([`InDoubt::decide`]).
+
+use std::time::Duration;
+
+use super::sender::{AsTheyAre, Sender};
+use super::{Aborted, Common, Copied, Place, Source};
+use crate::channel::{Channel, ChannelError, Flow, Wait};
+use crate::error::MigrateError;
+use crate::guest::{Halted, Live, Locks};
+use crate::message::{
+    Activated, Commit, End, Message, PROTOCOL_MAX, PROTOCOL_MIN, Ready, Resolve, StopAndCopy,
+};
+use crate::pages::PageSet;
+use crate::plan::MigrationId;
+use crate::report::{Downtime, Observer, Outcome, Report, Round, Stage, micros};
+
+/// Stage 3 is over: the destination holds everything and stands ready.
+pub struct Stopped<L: Live> {
+    guest: L::Halted,
+    locks_seen: bool,
+    began: Duration,
+    downtime: Downtime,
+}
+
+/// How the hand-over ended.
+pub enum Commitment<L: Live> {
+    /// The guest is the destination's, which said so. What is left here is to be dropped.
+    Moved(Box<Moved<L::Halted>>),
+    /// The guest is the source's: [`Aborted::resume`] it.
+    Refused(Box<Aborted<L>>),
+    /// `Commit` was written and no answer read. The guest stands until that is known.
+    InDoubt(Box<InDoubt<L>>),
+}
+
+/// A migration that happened.
+#[derive(Debug)]
+pub struct Moved<H> {
+    /// The source's stopped guest, of no more use.
+    pub guest: H,
+    /// How it went.
+    pub report: Report,
+}
+
+/// A migration of which the source doesn't know whether it happened.
+pub struct InDoubt<L: Live> {
+    guest: L::Halted,
+    id: MigrationId,
+    locks_seen: bool,
+    answer_limit: Duration,
+    /// Why there was no answer.
+    pub error: MigrateError,
+    /// How far it came.
+    pub report: Report,
+}
+
+/// The operator's word on a migration in doubt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// The destination doesn't run it and won't: resume here.
+    Resume,
+    /// The destination runs it: drop it here.
+    Discard,
+}
+
+impl<L: Live> Source<Copied<L>> {
+    /// Stage 3, stop-and-copy: stops the guest, sends what is left and waits for `Ready`.
+    ///
+    /// # Errors
+    /// The guest is handed back, running or stopped; [`Aborted::resume`] lets it go on.
+    pub fn stop_and_copy(
+        self,
+        observer: &mut dyn Observer,
+    ) -> Result<Source<Stopped<L>>, Box<Aborted<L>>> {
+        let Source { mut common, stage } = self;
+        let Copied { guest, mut left, locks_seen, predicted } = stage;
+        common.progress.stage = Stage::StopAndCopy;
+        if let Err(error) = common.exchange(Duration::ZERO, observer, |_, _| Ok(())) {
+            return Err(common.abort(guest, error));
+        }
+        let began = common.channel.now();
+        let mut guest = match guest.stop() {
+            Ok(guest) => guest,
+            Err(failed) => {
+                let error = common.guest_error("stopping the guest")(failed.error);
+                return Err(common.abort(failed.guest, error));
+            }
+        };
+        let mut downtime =
+            Downtime { stop_us: micros(common.channel.now() - began), ..Downtime::default() };
+        common.deadline = Some(began + common.options.deadlines.halted + predicted * 4);
+        let burst = common.last_burst(&mut guest, &mut left, &mut downtime, observer);
+        if let Err(error) = burst {
+            return Err(give_back(common, guest, false, error));
+        }
+        match common.await_ready(&mut guest, &mut downtime, observer) {
+            Ok(()) => {
+                let stage = Stopped { guest, locks_seen, began, downtime };
+                Ok(Source { common, stage })
+            }
+            Err(error) => Err(give_back(common, guest, true, error)),
+        }
+    }
+}
+
+impl Common {
+    /// Pages, sections and `End`, without a wait for anything.
+    fn last_burst<H: Halted>(
+        &mut self,
+        guest: &mut H,
+        left: &mut PageSet,
+        downtime: &mut Downtime,
+        observer: &mut dyn Observer,
+    ) -> Result<(), MigrateError> {
+        let mut lap = Lap(self.channel.now());
+        let bytes = self.channel.sent_bytes();
+        guest.dirty_pages(left).map_err(self.guest_error("collecting the last dirty pages"))?;
+        downtime.dirty_us = lap.us(&self.channel);
+        self.channel.put(&Message::StopAndCopy(StopAndCopy { pages: left.len() }));
+        let mut sender = Sender::new(self);
+        sender.send(self, left, &mut AsTheyAre(&mut *guest), observer)?;
+        sender.flush(self, observer)?;
+        downtime.pages_us = lap.us(&self.channel);
+        let saved = guest.sections().map_err(self.guest_error("saving the guest's state"))?;
+        let sections = u32::try_from(saved.len()).unwrap_or(u32::MAX);
+        saved.into_iter().for_each(|section| self.channel.put(&Message::Section(section)));
+        let (records, digest) = self.channel.sent_digest();
+        let end = Message::End(End { paused: guest.paused(), sections, records, digest });
+        let still = self.options.deadlines.still;
+        self.exchange(still, observer, |channel, wait| channel.send(&end, wait))?;
+        downtime.save_us = lap.us(&self.channel);
+        self.report.rounds.push(Round {
+            pages: sender.sent.pages,
+            zero_pages: sender.sent.zero_pages,
+            bytes: self.channel.sent_bytes() - bytes,
+            time_us: downtime.dirty_us + downtime.pages_us + downtime.save_us,
+            ..Round::default()
+        });
+        Ok(())
+    }
+
+    /// Releases the disks while the destination restores, then hears that it is done.
+    fn await_ready<H: Halted>(
+        &mut self,
+        guest: &mut H,
+        downtime: &mut Downtime,
+        observer: &mut dyn Observer,
+    ) -> Result<(), MigrateError> {
+        let start = self.channel.now();
+        guest.release_disks().map_err(self.guest_error("releasing the disks"))?;
+        downtime.release_us = micros(self.channel.now() - start);
+        let still = self.options.deadlines.halted;
+        let ready: Ready = self.receive("Ready", still, observer, |message| match message {
+            Message::Ready(ready) => Ok(ready),
+            other => Err(other),
+        })?;
+        downtime.restore_us = ready.restore_us;
+        downtime.ready_us = micros(self.channel.now() - start).saturating_sub(ready.restore_us);
+        Ok(())
+    }
+
+    /// Writes `Commit` and hears the answer. No byte of `Commit` written: [`Answer::NotWritten`].
+    fn hand_over(&mut self, id: MigrationId, observer: &mut dyn Observer) -> Answer {
+        self.progress.stage = Stage::Commitment;
+        self.progress.elapsed_us = micros(self.channel.now() - self.started);
+        // The cap has no say any more: these are twenty bytes, and the guest stands.
+        self.channel.set_bandwidth(None);
+        let (progress, before) = (self.progress, self.channel.sent_bytes());
+        let mut poll = || {
+            // What the observer wants can't be had from here on.
+            let _ = observer.observe(&progress);
+            Flow::Continue
+        };
+        let limit = self.options.deadlines.answer;
+        let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
+        let written = self.channel.send(&Message::Commit(Commit { id }), &mut wait);
+        match written.and_then(|()| read_answer(&mut self.channel, &mut wait)) {
+            Ok(answer) => answer,
+            Err(error) if self.channel.sent_bytes() == before => Answer::NotWritten(error),
+            Err(error) => Answer::None(error),
+        }
+    }
+}
+
+/// What is known of who runs the guest.
+enum Answer {
+    NotWritten(ChannelError),
+    Activated(Activated),
+    NeverActivated(Vec<String>),
+    None(ChannelError),
+}
+
+fn read_answer(channel: &mut Channel, wait: &mut Wait) -> Result<Answer, ChannelError> {
+    const EXPECTED: &str = "Activated or NeverActivated";
+    match channel.recv(EXPECTED, wait)? {
+        Message::Activated(activated) => Ok(Answer::Activated(activated)),
+        Message::NeverActivated(reasons) => Ok(Answer::NeverActivated(reasons.reasons)),
+        other => {
+            let found = crate::wire::record_name(other.kind());
+            Err(ChannelError::Unexpected { found, expected: EXPECTED })
+        }
+    }
+}
+
+impl<L: Live> Source<Stopped<L>> {
+    /// Stages 4 and 5: `Commit`, and the destination's answer. The observer sees it; it can't cancel.
+    pub fn commit(self, observer: &mut dyn Observer) -> Commitment<L> {
+        let Source { mut common, stage } = self;
+        let Stopped { guest, locks_seen, began, mut downtime } = stage;
+        let id = common.options.id;
+        let start = common.channel.now();
+        let channel_error = |source| MigrateError::Channel { stage: Stage::Commitment, source };
+        match common.hand_over(id, observer) {
+            Answer::NotWritten(error) => {
+                Commitment::Refused(give_back(common, guest, true, channel_error(error)))
+            }
+            Answer::NeverActivated(reasons) => {
+                let error = MigrateError::Refused { stage: Stage::Activation, reasons };
+                Commitment::Refused(give_back(common, guest, true, error))
+            }
+            Answer::None(error) => {
+                let answer_limit = common.options.deadlines.answer;
+                let (error, report) = (channel_error(error), common.report(Outcome::InDoubt));
+                let in_doubt = InDoubt { guest, id, locks_seen, answer_limit, error, report };
+                Commitment::InDoubt(Box::new(in_doubt))
+            }
+            Answer::Activated(activated) => {
+                let now = common.channel.now();
+                let way_back = common.report.round_trip_us / 2;
+                downtime.activate_us = activated.activate_us;
+                downtime.commit_us =
+                    micros(now - start).saturating_sub(activated.activate_us + way_back);
+                downtime.total_us = micros(now - began).saturating_sub(way_back);
+                let before_save = downtime.stop_us + downtime.dirty_us + downtime.pages_us;
+                common.report.guest_stall_us =
+                    activated.guest_stall_us.map(|since_save| since_save + before_save);
+                common.report.downtime = Some(downtime);
+                let mut poll = || Flow::Continue;
+                let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+                // A destination that doesn't hear this forgets the migration by itself, later.
+                let _ = common.channel.send(&Message::Done, &mut wait);
+                let report = common.report(Outcome::Moved);
+                Commitment::Moved(Box::new(Moved { guest, report }))
+            }
+        }
+    }
+}
+
+impl<L: Live> InDoubt<L> {
+    /// The migration's name, for the operator.
+    #[must_use]
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// The guest, which stands.
+    #[must_use]
+    pub fn guest(&self) -> &L::Halted {
+        &self.guest
+    }
+
+    /// Whether the disks' locks can decide.
+    #[must_use]
+    pub fn locks_can_tell(&self) -> bool {
+        self.locks_seen
+    }
+
+    /// Asks the destination, over a new connection.
+    #[must_use]
+    pub fn ask(
+        mut self: Box<Self>,
+        mut channel: Channel,
+        observer: &mut dyn Observer,
+    ) -> Commitment<L> {
+        let stage = Stage::Commitment;
+        let mut poll =
+            || observer.observe(&crate::report::Progress { stage, ..Default::default() });
+        let mut wait = Wait::new(self.answer_limit, &mut poll);
+        let resolve =
+            Resolve { protocol_min: PROTOCOL_MIN, protocol_max: PROTOCOL_MAX, id: self.id };
+        channel.put_preamble();
+        let answer = channel
+            .send(&Message::Resolve(resolve), &mut wait)
+            .and_then(|()| channel.recv_preamble(&mut wait))
+            .and_then(|()| read_answer(&mut channel, &mut wait));
+        match answer {
+            Ok(Answer::Activated(activated)) => {
+                self.report.guest_stall_us = activated.guest_stall_us;
+                // As above: it forgets by itself.
+                let _ = channel.send(&Message::Done, &mut wait);
+                self.moved()
+            }
+            Ok(Answer::NeverActivated(reasons)) => {
+                self.error = MigrateError::Refused { stage: Stage::Activation, reasons };
+                self.stays(true)
+            }
+            Ok(Answer::NotWritten(source) | Answer::None(source)) | Err(source) => {
+                self.error = MigrateError::Channel { stage, source };
+                Commitment::InDoubt(self)
+            }
+        }
+    }
+
+    /// Lets the disks' locks decide, where the destination saw them at reservation: it takes them, and
+    /// marks the disks, before it runs; so a source that has them back, over unchanged disks, knows
+    /// that it is alone and stays so.
+    #[must_use]
+    pub fn try_locks(mut self: Box<Self>) -> Commitment<L> {
+        if self.locks_seen && matches!(self.guest.retake_disks(), Ok(Locks::Taken)) {
+            return self.stays(false);
+        }
+        Commitment::InDoubt(self)
+    }
+
+    /// Does as the operator says: to resume over disks that have changed, too, but never against a lock that
+    /// somebody holds.
+    #[must_use]
+    #[allow(clippy::boxed_local, reason = "that is how it is held")]
+    pub fn decide(mut self: Box<Self>, decision: Decision) -> Commitment<L> {
+        match decision {
+            Decision::Resume => {
+                self.guest.trust_disks();
+                self.stays(true)
+            }
+            Decision::Discard => self.moved(),
+        }
+    }
+
+    fn moved(self) -> Commitment<L> {
+        let report = Report { outcome: Outcome::Moved, ..self.report };
+        Commitment::Moved(Box::new(Moved { guest: self.guest, report }))
+    }
+
+    fn stays(self, released: bool) -> Commitment<L> {
+        let report = Report { outcome: Outcome::NotMoved, ..self.report };
+        let guest = Place::Halted { guest: self.guest, released };
+        Commitment::Refused(Box::new(Aborted { guest, error: self.error, report }))
+    }
+}
+
+/// Gives up after the guest was stopped.
+fn give_back<L: Live>(
+    mut common: Box<Common>,
+    guest: L::Halted,
+    released: bool,
+    error: MigrateError,
+) -> Box<Aborted<L>> {
+    common.deadline = None;
+    common.cancel(&error);
+    let report = common.report(Outcome::NotMoved);
+    Box::new(Aborted { guest: Place::Halted { guest, released }, error, report })
+}
+
+/// A stopwatch.
+struct Lap(Duration);
+
+impl Lap {
+    fn us(&mut self, channel: &Channel) -> u64 {
+        let now = channel.now();
+        micros(now - std::mem::replace(&mut self.0, now))
+    }
+}

@@ -1,0 +1,310 @@
+//! Stage 2: memory goes over while the guest runs, round by round, until the policy says stop.
+
+use std::time::Duration;
+
+use super::sender::{AsTheyAre, Rearmed, Sender, WINDOW_PAGES};
+use super::{Aborted, Common, Reserved, Source};
+use crate::error::MigrateError;
+use crate::forecast::{Basis, Sample, forecast};
+use crate::guest::Live;
+use crate::message::{Message, PING_PADDING_MAX, RoundEnd};
+use crate::pages::PageSet;
+use crate::plan::Plan;
+use crate::policy::{Decision, Measured, Policy, Verdict};
+use crate::report::{Forecast, Observer, Outcome, Report, Round, Stage, micros};
+
+/// The spans of a forecast's samples, in milliseconds from a common start.
+const SAMPLES_MS: [u64; 5] = [5, 20, 100, 300, 1000];
+/// Padding sent to measure the bandwidth of a dry run: 16 MiB, or a tenth of a second of a capped link.
+const PROBE_RECORDS: u64 = 16;
+/// Rounds that a report lists; of more, the first and the last.
+const ROUNDS_LISTED_MAX: usize = 1000;
+
+/// Stage 2 is over: what is dirty now can go over within the limit (or has to).
+#[derive(Debug)]
+pub struct Copied<L> {
+    pub(super) guest: L,
+    pub(super) left: PageSet,
+    pub(super) locks_seen: bool,
+    pub(super) predicted: Duration,
+}
+
+impl<L: Live> Source<Reserved<L>> {
+    /// What this migration would be like, from a second's sampling of the dirty rate and a probe of the
+    /// bandwidth. The guest runs on; nothing has moved; the destination is told to forget it.
+    ///
+    /// # Errors
+    /// The forecast couldn't be made; the guest runs on.
+    pub fn forecast(
+        mut self,
+        observer: &mut dyn Observer,
+    ) -> Result<(L, Forecast, Report), Box<Aborted<L>>> {
+        let Reserved { mut guest, plan, fixed, .. } = self.stage;
+        match self.common.sample(&mut guest, &plan, fixed, observer) {
+            Ok(made) => {
+                guest.stop_tracking();
+                let stage = self.common.progress.stage;
+                let reasons = vec!["a dry run ends here".to_owned()];
+                self.common.cancel(&MigrateError::Refused { stage, reasons });
+                self.common.report.forecast = Some(made.clone());
+                Ok((guest, made, self.common.report(Outcome::NotMoved)))
+            }
+            Err(error) => Err(self.common.abort(guest, error)),
+        }
+    }
+
+    /// Stage 2, iterative pre-copy. Round 0 sends every page ever touched, later ones what was dirtied
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// The guest runs on.
+    pub fn precopy(
+        mut self,
+        observer: &mut dyn Observer,
+    ) -> Result<Source<Copied<L>>, Box<Aborted<L>>> {
+        self.common.progress.stage = Stage::PreCopy;
+        let Reserved { mut guest, plan, locks_seen, fixed } = self.stage;
+        match self.common.rounds(&mut guest, &plan, fixed, observer) {
+            Ok((left, predicted)) => {
+                let stage = Copied { guest, left, locks_seen, predicted };
+                Ok(Source { common: self.common, stage })
+            }
+            Err(error) => Err(self.common.abort(guest, error)),
+        }
+    }
+}
+
+impl Common {
+    fn rounds<L: Live>(
+        &mut self,
+        guest: &mut L,
+        plan: &Plan,
+        fixed: Duration,
+        observer: &mut dyn Observer,
+    ) -> Result<(PageSet, Duration), MigrateError> {
+        let mut policy = Policy::new(self.options.limits);
+        let mut sender = Sender::new(self);
+        let mut set = PageSet::new();
+        let mut throttle = Vec::new();
+        let began = self.channel.now();
+        guest.start_tracking().map_err(self.guest_error("starting dirty tracking"))?;
+        let mut collected = self.channel.now();
+        for round in 0.. {
+            let (start, bytes) = (self.channel.now(), self.channel.sent_bytes());
+            self.progress.round = round;
+            sender.begin(self);
+            if round == 0 {
+                self.first_round(guest, plan, &mut sender, observer)?;
+            } else {
+                sender.send(self, &set, &mut Rearmed(guest), observer)?;
+            }
+            sender.flush(self, observer)?;
+            let acked = self.end_round(round, sender.sent.pages, observer)?;
+            set.clear();
+            guest.dirty_pages(&mut set).map_err(self.guest_error("collecting dirty pages"))?;
+            let now = self.channel.now();
+            let measured = Measured {
+                elapsed: now - began,
+                data_bytes: sender.sent.data_bytes(),
+                data_time: sender.sent.data_time + acked,
+                dirty_pages: set.len(),
+                dirty_time: now - collected,
+                fixed,
+                bandwidth: self.options.bandwidth,
+                dirty_by_vcpu: guest.dirty_by_vcpu(),
+            };
+            collected = now;
+            let verdict = policy.decide(&measured);
+            self.note(
+                Round {
+                    pages: sender.sent.pages,
+                    zero_pages: sender.sent.zero_pages,
+                    bytes: self.channel.sent_bytes() - bytes,
+                    time_us: micros(now - start),
+                    dirty_pages: set.len(),
+                    throttle_percent: throttle.clone(),
+                    stall_us: guest.stall_us(),
+                    ..Round::default()
+                },
+                &verdict,
+            );
+            if round == 0 {
+                self.forecast_after_round_0(&measured, &verdict, bytes);
+            }
+            match verdict.decision {
+                Decision::StopAndCopy => return Ok((set, verdict.downtime)),
+                Decision::Continue => {}
+                Decision::Throttle(percent) => self.throttle(guest, percent, &mut throttle),
+                Decision::TimedOut | Decision::Unreachable => {
+                    return Err(self.given_up(&verdict, fixed));
+                }
+            }
+        }
+        unreachable!("rounds end by a decision")
+    }
+
+    /// Slows the guest down; one that can't be goes on as it does.
+    fn throttle<L: Live>(&mut self, guest: &mut L, percent: Vec<u8>, now: &mut Vec<u8>) {
+        if guest.throttle(&percent).is_ok() {
+            self.progress.throttle_percent = percent.iter().copied().max().unwrap_or(0);
+            *now = percent;
+        }
+    }
+
+    fn first_round<L: Live>(
+        &mut self,
+        guest: &mut L,
+        plan: &Plan,
+        sender: &mut Sender,
+        observer: &mut dyn Observer,
+    ) -> Result<(), MigrateError> {
+        self.progress.pages_left = plan.touched_pages.min(self.progress.pages_total);
+        let mut touched = PageSet::new();
+        let regions = self.regions.clone();
+        for window in regions.into_iter().flat_map(|region| region.pieces(WINDOW_PAGES)) {
+            touched.clear();
+            let armed = guest.first_pages(window, &mut touched);
+            armed.map_err(self.guest_error("starting dirty tracking"))?;
+            sender.send_window(self, &touched, window, &mut AsTheyAre(guest), observer)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the destination has all of a round: how long beyond the round trip.
+    fn end_round(
+        &mut self,
+        round: u32,
+        pages: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<Duration, MigrateError> {
+        let still = self.options.deadlines.still;
+        let start = self.channel.now();
+        let end = Message::RoundEnd(RoundEnd { round, pages });
+        self.exchange(still, observer, |channel, wait| channel.send(&end, wait))?;
+        self.receive("RoundAck", still, observer, |message| match message {
+            Message::RoundAck(ack) if ack.round == round => Ok(()),
+            other => Err(other),
+        })?;
+        let round_trip = Duration::from_micros(self.report.round_trip_us);
+        Ok((self.channel.now() - start).saturating_sub(round_trip))
+    }
+
+    fn note(&mut self, mut round: Round, verdict: &Verdict) {
+        round.dirty_pages_per_s = verdict.dirty_pages_per_s;
+        round.send_bytes_per_s = verdict.send_bytes_per_s;
+        round.expected_downtime_us = micros(verdict.downtime);
+        self.progress.dirty_pages_per_s = round.dirty_pages_per_s;
+        self.progress.send_bytes_per_s = round.send_bytes_per_s;
+        self.progress.expected_downtime_us = round.expected_downtime_us;
+        // Bytes of the pages, times microseconds of a second, over bytes of a second.
+        self.progress.expected_round_us = round
+            .dirty_pages
+            .saturating_mul(4_096_000_000)
+            .checked_div(round.send_bytes_per_s)
+            .unwrap_or(0);
+        if self.report.rounds.len() >= ROUNDS_LISTED_MAX {
+            self.report.rounds.pop();
+        }
+        self.report.rounds.push(round);
+    }
+
+    /// The forecast that costs nothing: made of round 0 itself.
+    fn forecast_after_round_0(&mut self, measured: &Measured, verdict: &Verdict, before: u64) {
+        let limits = self.options.limits;
+        let made = forecast(&Basis {
+            samples: vec![Sample { time: measured.dirty_time, pages: measured.dirty_pages }],
+            pages: self.progress.pages_total,
+            touched_pages: measured.dirty_pages,
+            send_bytes_per_s: verdict.send_bytes_per_s,
+            fixed: measured.fixed,
+            downtime: limits.downtime,
+            timeout: limits.timeout,
+        });
+        let sent = self.channel.sent_bytes() - before;
+        let elapsed = micros(self.channel.now() - self.started);
+        let stop_now = verdict.decision == Decision::StopAndCopy;
+        let downtime_us = if stop_now { micros(verdict.downtime) } else { made.downtime_us };
+        let more_us = if stop_now { downtime_us } else { made.total_us };
+        self.report.forecast = Some(Forecast {
+            converges: made.converges || stop_now,
+            rounds: if stop_now { 1 } else { made.rounds + 1 },
+            total_us: elapsed + more_us,
+            bytes: made.bytes + sent,
+            downtime_us,
+            ..made
+        });
+    }
+
+    fn given_up(&self, verdict: &Verdict, fixed: Duration) -> MigrateError {
+        match verdict.decision {
+            Decision::Unreachable => MigrateError::Unreachable {
+                fixed_ms: fixed.as_millis(),
+                limit_ms: self.options.limits.downtime.as_millis(),
+            },
+            _ => MigrateError::NoConvergence {
+                downtime_ms: verdict.downtime.as_millis(),
+                dirty_mib_per_s: verdict.dirty_pages_per_s / 256,
+                send_mib_per_s: verdict.send_bytes_per_s >> 20,
+            },
+        }
+    }
+
+    fn sample<L: Live>(
+        &mut self,
+        guest: &mut L,
+        plan: &Plan,
+        fixed: Duration,
+        observer: &mut dyn Observer,
+    ) -> Result<Forecast, MigrateError> {
+        let send_bytes_per_s = self.probe(observer)?;
+        guest.start_tracking().map_err(self.guest_error("starting dirty tracking"))?;
+        let mut armed = PageSet::new();
+        for window in self.regions.clone().into_iter().flat_map(|r| r.pieces(WINDOW_PAGES)) {
+            armed.clear();
+            let arming = guest.first_pages(window, &mut armed);
+            arming.map_err(self.guest_error("starting dirty tracking"))?;
+        }
+        let (start, mut dirty) = (self.channel.now(), PageSet::new());
+        let mut samples = Vec::new();
+        for end in SAMPLES_MS.map(Duration::from_millis) {
+            while let Some(left) = (start + end).checked_sub(self.channel.now())
+                && !left.is_zero()
+            {
+                self.channel.sleep(left.min(Duration::from_millis(50)));
+                self.exchange(end, observer, |_, _| Ok(()))?;
+            }
+            let collected = guest.dirty_pages(&mut dirty);
+            collected.map_err(self.guest_error("collecting dirty pages"))?;
+            let time = self.channel.now() - start;
+            samples.push(Sample { time, pages: dirty.len() });
+        }
+        let limits = self.options.limits;
+        let made = forecast(&Basis {
+            samples,
+            pages: self.progress.pages_total,
+            touched_pages: plan.touched_pages,
+            send_bytes_per_s,
+            fixed,
+            downtime: limits.downtime,
+            timeout: limits.timeout,
+        });
+        Ok(made)
+    }
+
+    /// Measures the bandwidth with padding, which the destination reads and drops.
+    fn probe(&mut self, observer: &mut dyn Observer) -> Result<u64, MigrateError> {
+        let capped = |rate: u64| (rate / 10 / PING_PADDING_MAX as u64).clamp(1, PROBE_RECORDS);
+        let records = self.options.bandwidth.map_or(PROBE_RECORDS, capped);
+        let start = self.channel.now();
+        for token in 0..records {
+            self.ping(token, PING_PADDING_MAX, observer)?;
+        }
+        for token in 0..records {
+            self.pong(token, observer)?;
+        }
+        let nanos = (self.channel.now() - start).as_nanos().max(1);
+        let bytes = u128::from(records) * PING_PADDING_MAX as u128;
+        let rate = u64::try_from(bytes * 1_000_000_000 / nanos).unwrap_or(u64::MAX);
+        Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)))
+    }
+}

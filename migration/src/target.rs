@@ -1,0 +1,319 @@
+//! The destination's end of a migration, stage by stage.
+//!
+//! [`accept`] → [`Target::reserve`] → [`Target::precopy`] → [`Target::stop_and_copy`] →
+//! [`Target::await_commit`] → [`Target::activate`]. Each stage owns the vacant guest; dropping any of them
+//! before activation leaves nothing behind and the disks untouched.
+//!
+//! Invariant: the guest is activated iff the whole `Commit` was read. Whatever ended otherwise after
+//! `Ready` leaves a [`Verdict`], with which the listener answers a source in doubt.
+
+use std::time::Duration;
+
+use crate::channel::{Channel, ChannelError, Flow, Incoming, Wait};
+use crate::chunk::Encoding;
+use crate::error::MigrateError;
+use crate::guest::{Host, Reserved, Vacant};
+use crate::message::{self, Accepted, HelloReply, Message, Reasons, Resolve};
+use crate::plan::{MigrationId, Plan, SECTIONS_MAX};
+use crate::report::{Observer, Progress, Stage, micros};
+use crate::state::Section;
+
+mod handover;
+mod receiver;
+
+pub use handover::{Activation, Committed, Farewell, Restored, Verdict};
+pub use receiver::Copied;
+
+/// What the destination was started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// This program and its version.
+    pub software: String,
+    /// How long the source may keep still.
+    pub still: Duration,
+    /// How long after `Ready` the source may take to commit; it flushes its disks meanwhile.
+    pub commit: Duration,
+}
+
+impl Options {
+    /// The defaults: 30 s each.
+    #[must_use]
+    pub fn new(software: impl Into<String>) -> Self {
+        let limit = Duration::from_secs(30);
+        Self { software: software.into(), still: limit, commit: limit }
+    }
+}
+
+/// A migration at the destination in one of its stages.
+#[derive(Debug)]
+pub struct Target<S> {
+    pub(crate) common: Box<Common>,
+    pub(crate) stage: S,
+}
+
+/// Stage 0 is over.
+#[derive(Debug)]
+pub struct Greeted(());
+
+/// Stage 1 is over: there is a place for the guest.
+#[derive(Debug)]
+pub struct Prepared<V> {
+    pub(crate) guest: V,
+    pub(crate) plan: Plan,
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Common {
+    pub(crate) channel: Channel,
+    pub(crate) options: Options,
+    pub(crate) id: MigrationId,
+    pub(crate) progress: Progress,
+    pub(crate) started: Duration,
+}
+
+/// A migration that won't happen here. The vacant guest is gone.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub error: MigrateError,
+    /// After `Ready`: what to answer a source in doubt. Keep it for a while.
+    pub verdict: Option<Verdict>,
+    /// The source left after a dry run: nothing went wrong.
+    pub dry_run: bool,
+}
+
+/// What a new connection turned out to be.
+#[derive(Debug)]
+pub enum Opening {
+    /// A migration.
+    Migrate(Target<Greeted>),
+    /// A source in doubt, to be answered with [`Question::answer`].
+    Question(Box<Question>),
+}
+
+/// A source in doubt.
+#[derive(Debug)]
+pub struct Question {
+    channel: Channel,
+    still: Duration,
+    /// The migration it asks about.
+    pub id: MigrationId,
+}
+
+impl Question {
+    /// Answers: with the verdict on that migration, or, if there is none, that nothing is known of it. Gives
+    /// whether the source has let go of the matter.
+    #[must_use]
+    pub fn answer(mut self, verdicts: &[Verdict]) -> bool {
+        let verdict = verdicts.iter().find(|verdict| verdict.id == self.id);
+        let message = verdict.map_or(Message::UnknownId, |verdict| verdict.message());
+        let mut poll = || Flow::Continue;
+        let mut wait = Wait::new(self.still, &mut poll);
+        let sent = self.channel.send(&message, &mut wait);
+        match verdict {
+            Some(verdict) if verdict.is_activated() => {
+                sent.is_ok() && matches!(self.channel.recv("Done", &mut wait), Ok(Message::Done))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Turns a connection away, with a reason: the second source at a busy listener.
+pub fn refuse(mut channel: Channel, reason: &str) {
+    let mut poll = || Flow::Continue;
+    let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+    channel.put_preamble();
+    // Who doesn't hear it sees the connection end.
+    let _ = channel.send(&Message::Refused(Reasons::one(reason)), &mut wait);
+    // What it says is read before the connection ends: or else a socket's end would overtake the reason.
+    let _ = channel.recv_preamble(&mut wait).and_then(|()| channel.recv("Hello", &mut wait));
+}
+
+/// Stage 0, pre-migration: finds out what a new connection wants.
+///
+/// # Errors
+/// It speaks another protocol, or not at all.
+pub fn accept(
+    mut channel: Channel,
+    options: Options,
+    observer: &mut dyn Observer,
+) -> Result<Opening, Box<Ended>> {
+    channel.put_preamble();
+    let started = channel.now();
+    let id = MigrationId([0; 16]);
+    let progress = Progress::default();
+    let mut common = Box::new(Common { channel, options, id, progress, started });
+    let opening = common.exchange(observer, |channel, wait| {
+        channel.flush(wait)?;
+        channel.recv_preamble(wait)?;
+        channel.recv("Hello", wait)
+    });
+    match opening.map_err(|error| common.give_up(error))? {
+        Message::Hello(hello) => {
+            common.id = hello.id;
+            common.agree(hello.protocol_min, hello.protocol_max, observer)
+        }
+        Message::Resolve(Resolve { id, .. }) => {
+            let still = common.options.still;
+            Ok(Opening::Question(Box::new(Question { channel: common.channel, still, id })))
+        }
+        other => Err(common.unexpected(&other, "Hello")),
+    }
+}
+
+impl Common {
+    /// One exchange with the peer, as at the source.
+    pub(crate) fn exchange<R>(
+        &mut self,
+        observer: &mut dyn Observer,
+        run: impl FnOnce(&mut Channel, &mut Wait) -> Result<R, ChannelError>,
+    ) -> Result<R, MigrateError> {
+        let stage = self.progress.stage;
+        self.progress.elapsed_us = micros(self.channel.now() - self.started);
+        self.progress.bytes = self.channel.received_bytes();
+        let progress = self.progress;
+        let mut poll = || observer.observe(&progress);
+        let mut wait = Wait::new(self.options.still, &mut poll);
+        run(&mut self.channel, &mut wait).map_err(|source| MigrateError::Channel { stage, source })
+    }
+
+    fn agree(
+        mut self: Box<Self>,
+        min: u16,
+        max: u16,
+        observer: &mut dyn Observer,
+    ) -> Result<Opening, Box<Ended>> {
+        let Some(protocol) = message::negotiate(min, max) else {
+            let (ours_min, ours_max) = (message::PROTOCOL_MIN, message::PROTOCOL_MAX);
+            return Err(self.refuse(vec![format!(
+                "the source speaks protocols {min} to {max}, the destination {ours_min} to {ours_max}"
+            )]));
+        };
+        let software = self.options.software.clone();
+        let reply = HelloReply { protocol, encodings: Encoding::KNOWN, software };
+        let sent = self
+            .exchange(observer, |channel, wait| channel.send(&Message::HelloReply(reply), wait));
+        match sent {
+            Ok(()) => Ok(Opening::Migrate(Target { common: self, stage: Greeted(()) })),
+            Err(error) => Err(self.give_up(error)),
+        }
+    }
+
+    pub(crate) fn unexpected(&mut self, found: &Message, expected: &'static str) -> Box<Ended> {
+        let found = crate::wire::record_name(found.kind());
+        let source = ChannelError::Unexpected { found, expected };
+        self.give_up(MigrateError::Channel { stage: self.progress.stage, source })
+    }
+
+    /// Refuses at reservation.
+    pub(crate) fn refuse(&mut self, reasons: Vec<String>) -> Box<Ended> {
+        let stage = self.progress.stage;
+        self.tell(&Message::Refused(Reasons::new(reasons.clone())));
+        let error = MigrateError::Refused { stage, reasons };
+        Box::new(Ended { error, verdict: None, dry_run: false })
+    }
+
+    /// Gives up, and says why unless it was the peer's own doing.
+    pub(crate) fn give_up(&mut self, error: MigrateError) -> Box<Ended> {
+        let gone = matches!(
+            error,
+            MigrateError::Channel { source: ChannelError::Peer(_) | ChannelError::Closed, .. }
+        );
+        if !gone {
+            self.tell(&Message::Failed(Reasons::one(error.line())));
+        }
+        Box::new(Ended { error, verdict: None, dry_run: false })
+    }
+
+    pub(crate) fn tell(&mut self, message: &Message) {
+        let mut poll = || Flow::Continue;
+        let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+        // Who doesn't hear it sees the connection end.
+        let _ = self.channel.send(message, &mut wait);
+    }
+}
+
+impl Target<Greeted> {
+    /// The migration's name.
+    #[must_use]
+    pub fn id(&self) -> MigrationId {
+        self.common.id
+    }
+
+    /// Stage 1, reservation: checks the plan, makes the place, tries to restore the example.
+    ///
+    /// # Errors
+    /// The guest can't come here; the source was told every reason.
+    pub fn reserve<H: Host>(
+        mut self,
+        host: &mut H,
+        observer: &mut dyn Observer,
+    ) -> Result<Target<Prepared<H::Vacant>>, Box<Ended>> {
+        self.common.progress.stage = Stage::Reservation;
+        let common = &mut self.common;
+        let reserve = match common.exchange(observer, |channel, wait| channel.recv("Reserve", wait))
+        {
+            Ok(Message::Reserve(reserve)) => *reserve,
+            Ok(other) => return Err(common.unexpected(&other, "Reserve")),
+            Err(error) => return Err(common.give_up(error)),
+        };
+        let example = common.sections(reserve.example_sections, observer)?;
+        let faults = reserve.plan.faults();
+        if !faults.is_empty() {
+            return Err(common.refuse(faults));
+        }
+        let Reserved { mut guest, locks_seen, warnings } =
+            host.reserve(&reserve.plan).map_err(|reasons| common.refuse(reasons))?;
+        let reasons = reserve.plan.section_reasons(&guest.parts());
+        if !reasons.is_empty() {
+            return Err(common.refuse(reasons));
+        }
+        let mut trial_restore_us = None;
+        if !example.is_empty() {
+            guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            // The one that counts will not be the first either: it is the second that is timed.
+            let start = common.channel.now();
+            guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            trial_restore_us = Some(micros(common.channel.now() - start));
+        }
+        common.progress.pages_total = reserve.plan.ram().map_or(0, crate::plan::Space::pages);
+        let accepted = Message::Accepted(Accepted { trial_restore_us, locks_seen, warnings });
+        let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
+        sent.map_err(|error| common.give_up(error))?;
+        let stage = Prepared { guest, plan: reserve.plan, dry_run: reserve.dry_run };
+        Ok(Target { common: self.common, stage })
+    }
+}
+
+impl Common {
+    /// The example's sections, at most [`SECTIONS_MAX`] and 16 MiB.
+    fn sections(
+        &mut self,
+        count: u32,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Section>, Box<Ended>> {
+        let mut sections = Vec::new();
+        let mut bytes = 0;
+        for _ in 0..count {
+            let section =
+                match self.exchange(observer, |channel, wait| channel.recv("Section", wait)) {
+                    Ok(Message::Section(section)) => section,
+                    Ok(other) => return Err(self.unexpected(&other, "Section")),
+                    Err(error) => return Err(self.give_up(error)),
+                };
+            bytes += section.body.len();
+            if sections.len() >= SECTIONS_MAX || bytes > receiver::SECTIONS_BYTES_MAX {
+                return Err(self.refuse(vec!["the example is too large".to_owned()]));
+            }
+            sections.push(section);
+        }
+        Ok(sections)
+    }
+
+    /// The next record.
+    pub(crate) fn next(&mut self, observer: &mut dyn Observer) -> Result<Incoming, MigrateError> {
+        self.exchange(observer, |channel, wait| channel.recv_any(wait))
+    }
+}

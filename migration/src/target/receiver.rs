@@ -1,0 +1,237 @@
+//! Stages 2 and 3 at the destination: pages straight into the vacant guest, then its state.
+
+use super::{Common, Ended, Prepared, Restored, Target};
+use crate::channel::{ChannelError, Flow, Incoming, Pages};
+use crate::chunk::Encoding;
+use crate::error::MigrateError;
+use crate::guest::Vacant;
+use crate::message::{End, Message, Ready, Reasons, RoundAck, StopAndCopy};
+use crate::pages::{PageSet, Run};
+use crate::plan::{Plan, SECTIONS_MAX};
+use crate::report::{Observer, Stage, micros};
+use crate::state::Section;
+use crate::wire::{WireError, record};
+
+/// All sections of a guest together, in bytes.
+pub(super) const SECTIONS_BYTES_MAX: usize = 16 << 20;
+
+/// Stage 2 is over: the source has stopped its guest.
+#[derive(Debug)]
+pub struct Copied<V> {
+    memory: Arriving<V>,
+    stop: StopAndCopy,
+}
+
+/// The vacant guest, and which of its pages hold something.
+#[derive(Debug)]
+struct Arriving<V> {
+    guest: V,
+    plan: Plan,
+    written: PageSet,
+}
+
+impl<V: Vacant> Target<Prepared<V>> {
+    /// What will be moved here.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.stage.plan
+    }
+
+    /// Stage 2, iterative pre-copy: takes pages until the source stops its guest.
+    ///
+    /// # Errors
+    /// The source left, or sent what can't be.
+    pub fn precopy(mut self, observer: &mut dyn Observer) -> Result<Target<Copied<V>>, Box<Ended>> {
+        self.common.progress.stage = Stage::PreCopy;
+        let Prepared { guest, plan, dry_run } = self.stage;
+        let mut memory = Arriving { guest, plan, written: PageSet::new() };
+        match self.common.rounds(&mut memory, observer) {
+            Ok(stop) => Ok(Target { common: self.common, stage: Copied { memory, stop } }),
+            Err(mut ended) => {
+                // A dry run reserves, samples and leaves.
+                ended.dry_run = dry_run
+                    && matches!(
+                        &ended.error,
+                        MigrateError::Channel { source: ChannelError::Peer(_), .. }
+                    );
+                Err(ended)
+            }
+        }
+    }
+}
+
+impl Common {
+    fn rounds<V: Vacant>(
+        &mut self,
+        memory: &mut Arriving<V>,
+        observer: &mut dyn Observer,
+    ) -> Result<StopAndCopy, Box<Ended>> {
+        loop {
+            let reply = match self.next(observer) {
+                Ok(Incoming::Pages(pages)) => {
+                    self.pages(memory, pages, observer).map_err(|error| self.give_up(error))?;
+                    continue;
+                }
+                Ok(Incoming::Message(Message::Ping(token, _))) => Message::Pong(token),
+                Ok(Incoming::Message(Message::RoundEnd(end))) => {
+                    self.progress.round = end.round.saturating_add(1);
+                    Message::RoundAck(RoundAck { round: end.round })
+                }
+                Ok(Incoming::Message(Message::StopAndCopy(stop))) => return Ok(stop),
+                Ok(Incoming::Message(other)) => return Err(self.unexpected(&other, "Pages")),
+                Err(error) => return Err(self.give_up(error)),
+            };
+            let sent = self.exchange(observer, |channel, wait| channel.send(&reply, wait));
+            sent.map_err(|error| self.give_up(error))?;
+        }
+    }
+
+    /// One `Pages` record.
+    fn pages<V: Vacant>(
+        &mut self,
+        memory: &mut Arriving<V>,
+        mut pages: Pages,
+        observer: &mut dyn Observer,
+    ) -> Result<(), MigrateError> {
+        let stage = self.progress.stage;
+        let guest_error = |doing| move |source| MigrateError::Guest { stage, doing, source };
+        let outside = |what| MigrateError::Channel {
+            stage,
+            source: WireError::Malformed { kind: record::PAGES, what }.into(),
+        };
+        let progress = self.progress;
+        if observer.observe(&progress) == Flow::Cancel {
+            return Err(MigrateError::Channel { stage, source: ChannelError::Cancelled });
+        }
+        let entries = std::mem::take(&mut pages.entries);
+        for entry in entries {
+            if !memory.plan.spaces.iter().any(|s| s.id == pages.space && s.contains(entry.run)) {
+                return Err(outside("a run outside the guest's memory"));
+            }
+            match entry.encoding {
+                Encoding::Zero => memory.zero(entry.run).map_err(guest_error("zeroing pages"))?,
+                Encoding::Raw => {
+                    memory.written.insert(entry.run);
+                    let bytes = memory.guest.pages_mut(entry.run);
+                    let bytes = bytes.map_err(guest_error("writing pages"))?;
+                    if bytes.len() != entry.len {
+                        return Err(outside("a run of another length than the guest's memory"));
+                    }
+                    self.exchange(observer, |channel, wait| {
+                        channel.recv_data(&mut pages, bytes, wait)
+                    })?;
+                }
+            }
+        }
+        self.exchange(observer, |channel, wait| channel.recv_pages_end(pages, wait))
+    }
+}
+
+impl<V: Vacant> Arriving<V> {
+    /// Only what was written needs zeroing.
+    fn zero(&mut self, run: Run) -> Result<(), crate::guest::GuestError> {
+        let written: Vec<Run> = self.written.runs_in(run).collect();
+        for run in written {
+            self.guest.zero(run)?;
+            self.written.remove(run);
+        }
+        Ok(())
+    }
+}
+
+impl<V: Vacant> Target<Copied<V>> {
+    /// Stage 3, stop-and-copy: the last pages, the sections, the digest; restores the guest and says
+    /// `Ready`.
+    ///
+    /// # Errors
+    /// Something didn't arrive whole or can't be restored; or the source left, perhaps in doubt (then
+    /// there is a verdict).
+    pub fn stop_and_copy(
+        self,
+        observer: &mut dyn Observer,
+    ) -> Result<Target<Restored<V>>, Box<Ended>> {
+        let Target { mut common, stage } = self;
+        let Copied { mut memory, stop } = stage;
+        common.progress.stage = Stage::StopAndCopy;
+        common.progress.pages_left = stop.pages;
+        let start = common.channel.now();
+        let (sections, end) = common.last_burst(&mut memory, observer)?;
+        let receive_us = micros(common.channel.now() - start);
+        let reasons = mismatch(&memory.plan, &sections);
+        if !reasons.is_empty() {
+            return Err(common.failed(reasons));
+        }
+        let start = common.channel.now();
+        memory.guest.restore(&sections).map_err(|reasons| common.failed(reasons))?;
+        let restore_us = micros(common.channel.now() - start);
+        let ready = Message::Ready(Ready { receive_us, restore_us });
+        match common.exchange(observer, |channel, wait| channel.send(&ready, wait)) {
+            Ok(()) => {
+                let stage = Restored { guest: memory.guest, paused: end.paused };
+                Ok(Target { common, stage })
+            }
+            Err(error) => Err(common.never_activated(error)),
+        }
+    }
+}
+
+impl Common {
+    fn last_burst<V: Vacant>(
+        &mut self,
+        memory: &mut Arriving<V>,
+        observer: &mut dyn Observer,
+    ) -> Result<(Vec<Section>, End), Box<Ended>> {
+        let mut sections = Vec::new();
+        let mut bytes = 0;
+        loop {
+            let (records, digest) = self.channel.received_digest();
+            match self.next(observer) {
+                Ok(Incoming::Pages(pages)) => {
+                    self.pages(memory, pages, observer).map_err(|error| self.give_up(error))?;
+                }
+                Ok(Incoming::Message(Message::Section(section))) => {
+                    bytes += section.body.len();
+                    if sections.len() >= SECTIONS_MAX || bytes > SECTIONS_BYTES_MAX {
+                        return Err(self.failed(vec!["the state is too large".to_owned()]));
+                    }
+                    sections.push(section);
+                }
+                Ok(Incoming::Message(Message::End(end))) => {
+                    let whole = usize::try_from(end.sections) == Ok(sections.len())
+                        && (end.records, end.digest) == (records, digest);
+                    if !whole {
+                        return Err(self.failed(vec!["the stream's digest is wrong".to_owned()]));
+                    }
+                    return Ok((sections, end));
+                }
+                Ok(Incoming::Message(other)) => return Err(self.unexpected(&other, "End")),
+                Err(error) => return Err(self.give_up(error)),
+            }
+        }
+    }
+
+    /// Gives up for reasons of this side.
+    fn failed(&mut self, reasons: Vec<String>) -> Box<Ended> {
+        self.tell(&Message::Failed(Reasons::new(reasons.clone())));
+        let error = MigrateError::Refused { stage: self.progress.stage, reasons };
+        Box::new(Ended { error, verdict: None, dry_run: false })
+    }
+}
+
+/// How the sections that came differ from those announced.
+fn mismatch(plan: &Plan, sections: &[Section]) -> Vec<String> {
+    let name =
+        |kind: &str, instance: u32, version: u16| format!("{kind}/{instance} version {version}");
+    let mut announced: Vec<String> =
+        plan.sections.iter().map(|id| name(&id.kind, id.instance, id.version)).collect();
+    let mut reasons = Vec::new();
+    for section in sections {
+        let found = name(&section.kind, section.instance, section.version);
+        match announced.iter().position(|id| *id == found) {
+            Some(at) => drop(announced.swap_remove(at)),
+            None => reasons.push(format!("section {found} was not announced, or came twice")),
+        }
+    }
+    reasons.extend(announced.into_iter().map(|id| format!("section {id} is missing")));
+    reasons
+}

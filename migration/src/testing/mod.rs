@@ -1,0 +1,45 @@
+//! A migration in one process: fake guests in a fake world, over a link that fails on purpose, by a
+//! clock that only moves when everybody waits. Everything follows from a seed.
+//!
+//! For tests, of this crate and others (feature `testing`).
+
+pub mod guest;
+pub mod link;
+pub mod sim;
+pub mod world;
+
+#[cfg(test)]
+mod hostile_tests;
+
+/// A small generator of pseudo-random numbers (xorshift64*), enough to vary tests.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// The sequence of a seed.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        let mut random = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        for _ in 0..4 {
+            random.next();
+        }
+        random
+    }
+
+    /// The next number.
+    #[expect(clippy::should_implement_trait, reason = "not an iterator")]
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `end`.
+    ///
+    /// # Panics
+    /// If `end` is 0.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}

@@ -1,0 +1,241 @@
+//! The simulation: every message broken at every place, either side crashed at every step.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::testing::Random;
+use crate::testing::link::Kind;
+use crate::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, record, record_name};
+
+fn base(seed: u64) -> Scenario {
+    Scenario {
+        seed,
+        habits: Habits { dirties: 1, ..Habits::default() },
+        capacity: 1 << 16,
+        on_timeout: OnTimeout::StopAndCopy,
+        ..Scenario::default()
+    }
+}
+
+#[derive(Default)]
+struct Tally(BTreeMap<&'static str, u32>);
+
+impl Tally {
+    /// Runs a scenario, which must breach nothing.
+    fn run(&mut self, scenario: &Scenario) -> Run {
+        let run = run(scenario, false);
+        assert!(run.breaches.is_empty(), "{:?}\n{scenario:?}\n{run:?}", run.breaches);
+        let ending = match run.ending {
+            Ending::Moved => "moved",
+            Ending::Stayed => "stayed",
+            Ending::Decided => "decided",
+            Ending::Lost => "lost",
+        };
+        *self.0.entry(ending).or_default() += 1;
+        *self.0.entry("runs").or_default() += 1;
+        run
+    }
+
+    fn count(&self, what: &str) -> u32 {
+        self.0.get(what).copied().unwrap_or(0)
+    }
+}
+
+/// Where records begin in what a side sent, and their types.
+fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
+    let mut at = PREAMBLE_LEN;
+    let mut found = Vec::new();
+    while let Some((head, _)) = sent[at..].split_first_chunk::<HEAD_LEN>() {
+        let head = RecordHead::decode(*head).expect("a record");
+        found.push((at, head));
+        at += HEAD_LEN + head.body_len() + 4;
+    }
+    assert_eq!(at, sent.len(), "whole records");
+    found
+}
+
+/// Every byte of the small records; of a `Pages` record the head, the table and some of the data.
+fn places(sent: &[u8]) -> Vec<u64> {
+    let mut places: Vec<usize> = (0..PREAMBLE_LEN).collect();
+    for (at, head) in records(sent) {
+        let len = HEAD_LEN + head.body_len() + 4;
+        match head.kind {
+            record::PAGES => {
+                places.extend((at..at + 80).step_by(3));
+                places.extend((at + 80..at + len - 4).step_by(4099));
+                places.extend(at + len - 4..at + len);
+            }
+            _ => places.extend(at..at + len),
+        }
+    }
+    places.into_iter().map(|at| at as u64).collect()
+}
+
+#[test]
+fn a_clean_run_moves_the_guest() {
+    for seed in 0..50 {
+        let run = run(&base(seed), true);
+        assert_eq!((run.ending, run.breaches.len()), (Ending::Moved, 0), "seed {seed}: {run:?}");
+        let report = run.report.expect("a report");
+        assert!(report.rounds.len() >= 2 && report.downtime.is_some(), "{report:?}");
+        let kinds: Vec<_> = records(&run.sent[0]).iter().map(|(_, head)| head.kind).collect();
+        for kind in [record::HELLO, record::RESERVE, record::PAGES, record::COMMIT, record::DONE] {
+            assert!(kinds.contains(&kind), "no {}", record_name(kind));
+        }
+    }
+}
+
+#[test]
+fn rounds_follow_each_other() {
+    let report = run(&base(3), false).report.expect("a report");
+    assert!(report.rounds.len() > 2, "{} rounds", report.rounds.len());
+    assert!(report.rounds.iter().any(|round| round.zero_pages > 0));
+}
+
+#[test]
+fn every_byte_of_both_directions_broken_in_every_way() {
+    let mut tally = Tally::default();
+    for (seed, blind) in [(1, false), (2, true)] {
+        let mut scenario = base(seed);
+        scenario.habits.blind = blind;
+        let clean = run(&scenario, true);
+        for (sender, sent) in [(Side::Source, &clean.sent[0]), (Side::Target, &clean.sent[1])] {
+            for at in places(sent) {
+                for kind in Kind::ALL {
+                    scenario.fault = Some(Fault { sender, at, kind });
+                    scenario.eager_locks = at % 2 == 0;
+                    tally.run(&scenario);
+                }
+            }
+        }
+    }
+    println!("{:?}", tally.0);
+    assert!(tally.count("runs") > 8000 && tally.count("lost") == 0, "{:?}", tally.0);
+    assert!(tally.count("moved") > 1000 && tally.count("stayed") > 1000, "{:?}", tally.0);
+    assert_eq!(tally.count("decided"), 0, "both sides live: nobody has to ask the operator");
+}
+
+#[test]
+fn either_side_crashed_at_every_step() {
+    let mut tally = Tally::default();
+    for (seed, blind) in [(5, false), (6, true)] {
+        let mut scenario = base(seed);
+        scenario.habits.blind = blind;
+        let clean = run(&scenario, false);
+        for (side, steps) in [(Side::Source, clean.steps[0]), (Side::Target, clean.steps[1])] {
+            for step in 1..=steps {
+                scenario.crash = Some((side, step));
+                tally.run(&scenario);
+            }
+        }
+    }
+    println!("{:?}", tally.0);
+    assert!(tally.count("lost") > 50, "the owner crashed: {:?}", tally.0);
+    assert!(tally.count("moved") > 2, "the source crashed after the commitment: {:?}", tally.0);
+    assert!(tally.count("stayed") > 40, "the target crashed before it: {:?}", tally.0);
+}
+
+#[test]
+fn anything_at_once() {
+    let mut tally = Tally::default();
+    let mut random = Random::new(0x5eed);
+    for seed in 1000..4000 {
+        let sender =
+            |random: &mut Random| [Side::Source, Side::Target][(random.next() % 2) as usize];
+        let fault = |random: &mut Random, within: u64| Fault {
+            sender: sender(random),
+            at: random.below(within),
+            kind: Kind::ALL[(random.next() % 6) as usize],
+        };
+        let some = |random: &mut Random, of: u64| random.below(of) == 0;
+        let scenario = Scenario {
+            seed,
+            habits: Habits {
+                dirties: random.below(3),
+                paused: some(&mut random, 8),
+                activation_fails: some(&mut random, 8),
+                blind: some(&mut random, 2),
+            },
+            fault: some(&mut random, 2).then(|| {
+                let within = [600, 100_000][(random.next() % 2) as usize];
+                fault(&mut random, within)
+            }),
+            second_fault: some(&mut random, 2).then(|| fault(&mut random, 100)),
+            crash: some(&mut random, 3).then(|| (sender(&mut random), 1 + random.below(200))),
+            capacity: [13, 100, 5000, 1 << 20][(random.next() % 4) as usize],
+            cancel_at: some(&mut random, 4).then(|| random.below(60)),
+            eager_locks: some(&mut random, 2),
+            on_timeout: [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle]
+                [(random.next() % 3) as usize],
+        };
+        tally.run(&scenario);
+    }
+    println!("{:?}", tally.0);
+    assert!(tally.count("moved") > 200 && tally.count("stayed") > 200, "{:?}", tally.0);
+}
+
+#[test]
+fn cancelling_at_every_question_leaves_the_guest_running() {
+    let mut tally = Tally::default();
+    for at in 1..200 {
+        let run = tally.run(&Scenario { cancel_at: Some(at), ..base(9) });
+        if run.ending == Ending::Stayed {
+            assert!(run.error.as_ref().is_some_and(|e| e.contains("cancelled")), "{:?}", run.error);
+        }
+    }
+    assert!(tally.count("stayed") > 20 && tally.count("moved") > 20, "{:?}", tally.0);
+}
+
+#[test]
+fn a_failed_activation_gives_the_guest_back() {
+    let habits = Habits { activation_fails: true, ..base(4).habits };
+    let run = Tally::default().run(&Scenario { habits, ..base(4) });
+    assert_eq!(run.ending, Ending::Stayed);
+    assert!(run.error.expect("an error").contains("the disk's lock is held"));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let once = |seed| run(&base(seed), true).sent;
+    assert_eq!(once(11), once(11));
+    assert_ne!(once(11), once(12));
+}
+
+#[test]
+fn a_dry_run_forecasts_and_moves_nothing() {
+    let scenario = base(21);
+    let world = World::new(None);
+    let link = Link::new(&world, None, 1 << 16, false);
+    let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
+    let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
+    let (source, target) = both(
+        &link,
+        |end| {
+            let mut observer = |_: &Progress| Flow::Continue;
+            let options = Options { dry_run: true, ..source_options(&scenario) };
+            let source = crate::source::Source::connect(channel(end), options, &mut observer)
+                .unwrap()
+                .reserve(guest, &mut observer)
+                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
+            let (_guest, forecast, report) = source
+                .forecast(&mut observer)
+                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
+            (forecast, report)
+        },
+        |end| {
+            let mut observer = |_: &Progress| Flow::Continue;
+            let opening = target::accept(channel(end), target_options(), &mut observer);
+            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
+            let prepared = target.reserve(&mut host, &mut observer).unwrap();
+            prepared.precopy(&mut observer).expect_err("nothing comes")
+        },
+    );
+    let (forecast, report) = source.expect("no crash");
+    assert!(target.expect("no crash").dry_run);
+    assert_eq!(world.state().running(), (true, false));
+    // 1 MB/s, 32 pages of RAM, some of them touched: tens of milliseconds.
+    assert!((900_000..=1_000_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
+    assert!(forecast.total_us > 20_000 && forecast.bytes > 5 * 4096, "{forecast:?}");
+    assert!(forecast.dirty_pages_per_s > 0, "{forecast:?}");
+    assert_eq!((report.forecast, report.rounds), (Some(forecast), vec![]));
+}

@@ -1,0 +1,399 @@
+//! The framing of everything that is sent or stored: a preamble, then records.
+//!
+//! A record is `{type u32, len u32, body, crc32}`, little-endian. Bit 31 of the type says that a
+//! reader which doesn't know the type may skip it. The checksum (CRC-32/ISO-HDLC) covers type, length
+//! and body. Each type has a hard limit on its length, checked before anything is allocated.
+//! `PROTOCOL.md`, "Framing", is the specification; this file and that chapter change together.
+
+use std::io::{self, Read};
+
+use crate::state::{SECTION_LEN_MAX, Section};
+
+/// The first eight bytes. The line ending finds a transport that mangles text.
+pub const MAGIC: [u8; 8] = *b"VMMOVE\r\n";
+/// The version of the framing itself, apart from the version of the protocol above it.
+pub const FORMAT: u16 = 1;
+/// Length of an encoded [`Preamble`], in bytes.
+pub const PREAMBLE_LEN: usize = 16;
+/// Length of an encoded [`RecordHead`], in bytes.
+pub const HEAD_LEN: usize = 8;
+/// Length of the checksum behind a body, in bytes.
+pub const CRC_LEN: usize = 4;
+/// Longest body of any record, in bytes. A reader skips an unknown optional record up to this.
+pub const RECORD_LEN_MAX: u32 = 2 << 20;
+/// Longest kind of a section, in bytes of printable ASCII.
+pub const SECTION_KIND_LEN_MAX: usize = 32;
+
+const OPTIONAL: u32 = 1 << 31;
+const SECTION_HEAD_MAX: usize = 1 + SECTION_KIND_LEN_MAX + 4 + 2;
+
+/// What a stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamKind {
+    /// A connection between a source and a destination.
+    Live = 1,
+    /// The `state` file of a snapshot.
+    Snapshot = 2,
+}
+
+/// Types of records. A number is never reused for something else.
+#[expect(missing_docs, reason = "each is described with the message of the same name")]
+pub mod record {
+    pub const HELLO: u32 = 1;
+    pub const HELLO_REPLY: u32 = 2;
+    pub const RESERVE: u32 = 3;
+    pub const SECTION: u32 = 4;
+    pub const ACCEPTED: u32 = 5;
+    pub const REFUSED: u32 = 6;
+    pub const PING: u32 = 7;
+    pub const PONG: u32 = 8;
+    pub const PAGES: u32 = 9;
+    pub const ROUND_END: u32 = 10;
+    pub const ROUND_ACK: u32 = 11;
+    pub const STOP_AND_COPY: u32 = 12;
+    pub const END: u32 = 13;
+    pub const READY: u32 = 14;
+    pub const COMMIT: u32 = 15;
+    pub const ACTIVATED: u32 = 16;
+    pub const NEVER_ACTIVATED: u32 = 17;
+    pub const DONE: u32 = 18;
+    pub const CANCEL: u32 = 19;
+    pub const FAILED: u32 = 20;
+    pub const RESOLVE: u32 = 21;
+    pub const UNKNOWN_ID: u32 = 22;
+    pub const SNAPSHOT: u32 = 23;
+    pub const MEMORY_SUMS: u32 = 24;
+}
+
+/// The name of a record type, for `inspect` and for errors.
+#[must_use]
+pub fn record_name(kind: u32) -> &'static str {
+    match kind {
+        record::HELLO => "Hello",
+        record::HELLO_REPLY => "HelloReply",
+        record::RESERVE => "Reserve",
+        record::SECTION => "Section",
+        record::ACCEPTED => "Accepted",
+        record::REFUSED => "Refused",
+        record::PING => "Ping",
+        record::PONG => "Pong",
+        record::PAGES => "Pages",
+        record::ROUND_END => "RoundEnd",
+        record::ROUND_ACK => "RoundAck",
+        record::STOP_AND_COPY => "StopAndCopy",
+        record::END => "End",
+        record::READY => "Ready",
+        record::COMMIT => "Commit",
+        record::ACTIVATED => "Activated",
+        record::NEVER_ACTIVATED => "NeverActivated",
+        record::DONE => "Done",
+        record::CANCEL => "Cancel",
+        record::FAILED => "Failed",
+        record::RESOLVE => "Resolve",
+        record::UNKNOWN_ID => "UnknownId",
+        record::SNAPSHOT => "Snapshot",
+        record::MEMORY_SUMS => "MemorySums",
+        _ => "unknown",
+    }
+}
+
+/// The longest body that a record of this type may have, in bytes.
+#[must_use]
+pub fn len_max(kind: u32) -> u32 {
+    const KIB: u32 = 1 << 10;
+    match kind {
+        record::SECTION => 1024 * KIB + 64,
+        record::RESERVE | record::SNAPSHOT => 1024 * KIB,
+        record::PAGES | record::PING => 1088 * KIB,
+        record::MEMORY_SUMS => 256 * KIB + 64,
+        record::HELLO..=record::MEMORY_SUMS => 64 * KIB,
+        _ => RECORD_LEN_MAX,
+    }
+}
+
+/// Why bytes are not what the framing says.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The first bytes are something else.
+    #[error("not a vmm stream (wrong magic)")]
+    Magic,
+    /// The framing is of another release.
+    #[error("the stream has format {found}, this vmm reads format {FORMAT}")]
+    Format {
+        /// The version found.
+        found: u16,
+    },
+    /// A snapshot where a migration is expected, or the other way round.
+    #[error("the stream is of kind {found}, expected {expected:?}")]
+    Kind {
+        /// The number found.
+        found: u16,
+        /// What the reader expects.
+        expected: StreamKind,
+    },
+    /// The bytes end inside a record or where one has to follow.
+    #[error("the stream is cut short")]
+    Truncated,
+    /// Longer than the type's limit.
+    #[error("a {} record of {len} bytes is over the limit of {max}", record_name(*kind))]
+    TooLong {
+        /// The record's type.
+        kind: u32,
+        /// The length it claims, in bytes.
+        len: u32,
+        /// The limit, in bytes.
+        max: u32,
+    },
+    /// The body isn't what was written.
+    #[error("the checksum of a {} record is wrong", record_name(*kind))]
+    Checksum {
+        /// The record's type.
+        kind: u32,
+    },
+    /// A type that this reader needs to know and doesn't.
+    #[error("record type {kind} is unknown to this vmm and not optional")]
+    UnknownRecord {
+        /// The record's type.
+        kind: u32,
+    },
+    /// Right checksum, wrong content.
+    #[error("a {} record is malformed: {what}", record_name(*kind))]
+    Malformed {
+        /// The record's type.
+        kind: u32,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// Reading failed.
+    #[error("reading the stream failed")]
+    Io(#[source] io::Error),
+}
+
+impl From<io::Error> for WireError {
+    fn from(e: io::Error) -> Self {
+        match e.kind() {
+            io::ErrorKind::UnexpectedEof => WireError::Truncated,
+            _ => WireError::Io(e),
+        }
+    }
+}
+
+/// The start of a stream: magic, format, kind.
+#[must_use]
+pub fn preamble(kind: StreamKind) -> [u8; PREAMBLE_LEN] {
+    let mut out = [0; PREAMBLE_LEN];
+    out[..8].copy_from_slice(&MAGIC);
+    out[8..10].copy_from_slice(&FORMAT.to_le_bytes());
+    let kind: u16 = match kind {
+        StreamKind::Live => 1,
+        StreamKind::Snapshot => 2,
+    };
+    out[10..12].copy_from_slice(&kind.to_le_bytes());
+    out
+}
+
+/// What kind of stream starts so.
+///
+/// # Errors
+/// Wrong magic, another format, an unknown kind, or a reserved byte that isn't 0.
+pub fn parse_preamble(bytes: &[u8; PREAMBLE_LEN]) -> Result<StreamKind, WireError> {
+    if bytes[..8] != MAGIC {
+        return Err(WireError::Magic);
+    }
+    let found = u16::from_le_bytes([bytes[8], bytes[9]]);
+    if found != FORMAT {
+        return Err(WireError::Format { found });
+    }
+    match (u16::from_le_bytes([bytes[10], bytes[11]]), &bytes[12..]) {
+        (1, [0, 0, 0, 0]) => Ok(StreamKind::Live),
+        (2, [0, 0, 0, 0]) => Ok(StreamKind::Snapshot),
+        (found, _) => Err(WireError::Kind { found, expected: StreamKind::Live }),
+    }
+}
+
+/// [`parse_preamble`], and the stream has to be of the expected kind.
+///
+/// # Errors
+/// As [`parse_preamble`]; also [`WireError::Kind`].
+pub fn check_preamble(bytes: &[u8; PREAMBLE_LEN], expected: StreamKind) -> Result<(), WireError> {
+    match parse_preamble(bytes)? {
+        kind if kind == expected => Ok(()),
+        _ => Err(WireError::Kind { found: u16::from_le_bytes([bytes[10], bytes[11]]), expected }),
+    }
+}
+
+/// What stands before a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordHead {
+    /// The type, without bit 31.
+    pub kind: u32,
+    /// A reader that doesn't know the type may skip the record.
+    pub optional: bool,
+    /// Length of the body, in bytes, within the type's limit.
+    pub len: u32,
+}
+
+impl RecordHead {
+    /// The head of a mandatory record.
+    ///
+    /// # Panics
+    /// If `len` is over the type's limit: the writer's own mistake.
+    #[must_use]
+    pub fn new(kind: u32, len: usize) -> Self {
+        let len = u32::try_from(len).expect("a body within its limit");
+        assert!(len <= len_max(kind), "{} of {len} bytes is over its limit", record_name(kind));
+        Self { kind, optional: false, len }
+    }
+
+    /// The eight bytes.
+    #[must_use]
+    pub fn encode(self) -> [u8; HEAD_LEN] {
+        let kind = self.kind | if self.optional { OPTIONAL } else { 0 };
+        let mut out = [0; HEAD_LEN];
+        out[..4].copy_from_slice(&kind.to_le_bytes());
+        out[4..].copy_from_slice(&self.len.to_le_bytes());
+        out
+    }
+
+    /// Reads the eight bytes and checks the length against the type's limit.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`].
+    pub fn decode(bytes: [u8; HEAD_LEN]) -> Result<Self, WireError> {
+        let [a, b, c, d, e, f, g, h] = bytes;
+        let raw = u32::from_le_bytes([a, b, c, d]);
+        let len = u32::from_le_bytes([e, f, g, h]);
+        let kind = raw & !OPTIONAL;
+        let max = len_max(kind);
+        if len > max {
+            return Err(WireError::TooLong { kind, len, max });
+        }
+        Ok(Self { kind, optional: raw & OPTIONAL != 0, len })
+    }
+
+    /// The length of the body as a size in memory.
+    #[must_use]
+    pub fn body_len(self) -> usize {
+        usize::try_from(self.len).expect("a length of at most 2 MiB")
+    }
+}
+
+/// Appends one mandatory record to `out` and gives its checksum.
+///
+/// # Panics
+/// If the body is over the type's limit.
+pub fn put_record(out: &mut Vec<u8>, kind: u32, body: &[u8]) -> u32 {
+    let head = RecordHead::new(kind, body.len()).encode();
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&head);
+    crc.update(body);
+    let crc = crc.finalize();
+    out.reserve(HEAD_LEN + body.len() + CRC_LEN);
+    out.extend_from_slice(&head);
+    out.extend_from_slice(body);
+    out.extend_from_slice(&crc.to_le_bytes());
+    crc
+}
+
+/// Reads one record; its body is left in `body`. Gives the head and the checksum.
+///
+/// # Errors
+/// A length over the limit, a wrong checksum, the end of the input, or what reading met.
+pub fn read_record(
+    input: &mut impl Read,
+    body: &mut Vec<u8>,
+) -> Result<(RecordHead, u32), WireError> {
+    let mut head = [0; HEAD_LEN];
+    input.read_exact(&mut head)?;
+    let record = RecordHead::decode(head)?;
+    body.resize(record.body_len(), 0);
+    input.read_exact(body)?;
+    let mut found = [0; CRC_LEN];
+    input.read_exact(&mut found)?;
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&head);
+    crc.update(body);
+    let crc = crc.finalize();
+    if crc != u32::from_le_bytes(found) {
+        return Err(WireError::Checksum { kind: record.kind });
+    }
+    Ok((record, crc))
+}
+
+/// The running digest of one direction of a stream: CRC-32 over the records' checksums in order, each
+/// as four little-endian bytes. It finds a record lost, doubled or moved, which no record's own
+/// checksum can.
+#[derive(Clone, Debug, Default)]
+pub struct Digest {
+    crc: crc32fast::Hasher,
+    records: u64,
+}
+
+impl Digest {
+    /// Counts one record in, by its checksum.
+    pub fn add(&mut self, crc: u32) {
+        self.crc.update(&crc.to_le_bytes());
+        self.records += 1;
+    }
+
+    /// The number of records so far, and the digest over them.
+    #[must_use]
+    pub fn value(&self) -> (u64, u32) {
+        (self.records, self.crc.clone().finalize())
+    }
+}
+
+/// The body of a `Section` record: kind's length u8, kind, instance u32, version u16, the state.
+///
+/// # Panics
+/// If the kind or the state is over its limit: the part's own mistake.
+#[must_use]
+pub fn encode_section(section: &Section) -> Vec<u8> {
+    let kind_len = u8::try_from(section.kind.len()).expect("a short kind");
+    assert!(valid_kind(section.kind.as_bytes()), "section kind {:?}", section.kind);
+    assert!(section.body.len() <= SECTION_LEN_MAX, "{}: state over the limit", section.kind);
+    let mut out = Vec::with_capacity(SECTION_HEAD_MAX + section.body.len());
+    out.push(kind_len);
+    out.extend_from_slice(section.kind.as_bytes());
+    out.extend_from_slice(&section.instance.to_le_bytes());
+    out.extend_from_slice(&section.version.to_le_bytes());
+    out.extend_from_slice(&section.body);
+    out
+}
+
+/// Reads the body of a `Section` record.
+///
+/// # Errors
+/// [`WireError::Malformed`]: a kind that is empty, too long or not printable ASCII, version 0, a state
+/// over [`SECTION_LEN_MAX`], or bytes missing.
+pub fn decode_section(body: &[u8]) -> Result<Section, WireError> {
+    let bad = |what| WireError::Malformed { kind: record::SECTION, what };
+    let (&kind_len, rest) = body.split_first().ok_or(bad("empty"))?;
+    let (kind, rest) = rest.split_at_checked(kind_len.into()).ok_or(bad("kind cut short"))?;
+    if !valid_kind(kind) {
+        return Err(bad("the kind is not 1 to 32 bytes of printable ASCII"));
+    }
+    let (&instance, rest) = rest.split_first_chunk::<4>().ok_or(bad("instance cut short"))?;
+    let (&version, state) = rest.split_first_chunk::<2>().ok_or(bad("version cut short"))?;
+    let version = u16::from_le_bytes(version);
+    if version == 0 {
+        return Err(bad("version 0"));
+    }
+    if state.len() > SECTION_LEN_MAX {
+        return Err(bad("state over the limit"));
+    }
+    Ok(Section {
+        kind: kind.iter().copied().map(char::from).collect(),
+        instance: u32::from_le_bytes(instance),
+        version,
+        body: state.to_vec(),
+    })
+}
+
+fn valid_kind(kind: &[u8]) -> bool {
+    (1..=SECTION_KIND_LEN_MAX).contains(&kind.len()) && kind.iter().all(u8::is_ascii_graphic)
+}
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;

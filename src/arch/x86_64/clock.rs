@@ -1,0 +1,303 @@
+//! The guest's time: kvmclock, and each vCPU's TSC, carried from one host to another.
+//!
+//! After Documentation/virt/kvm/devices/vcpu.rst (`KVM_VCPU_TSC_OFFSET`): the source notes kvmclock,
+//! real time and guest TSCs of one moment. The destination sets kvmclock ahead by the real time gone
+//! by, reads it back, and sets every TSC ahead by just as much through its offset. So kvmclock and
+//! TSCs stay in step, and vCPUs whose TSCs were equal have equal offsets, which KVM's master clock asks
+//! for.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_msr_entry};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_migration::state::{RestoreError, SaveError, Section, Stateful};
+
+use super::{msr, vcpu_ioctl};
+
+const KIND: &str = "clock";
+
+/// Host and guest frequencies that KVM takes for the same, in parts per million.
+const TSC_TOLERANCE_PPM: u64 = 250;
+/// Longest believable time between KVM's reading of the clock and ours of the TSC, in milliseconds. A
+/// greater difference means that KVM scales the TSC, and then the reading counts, not the sum.
+const SAMPLE_GAP_MS_MAX: u64 = 1;
+/// How often the clocks are read at most, where no single call tells both.
+const READINGS_MAX: u32 = 4;
+
+/// The guest's time at one moment, version 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockStateV1 {
+    /// kvmclock, in nanoseconds.
+    pub kvmclock_ns: u64,
+    /// Real time (`CLOCK_REALTIME` of the host) at that moment, in nanoseconds.
+    pub realtime_ns: u64,
+    /// Frequency of the guest's TSC, in kHz.
+    pub tsc_khz: u32,
+    /// Each vCPU's TSC at that moment.
+    pub tsc: Vec<u64>,
+}
+
+/// Whether the time between save and restore passes for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Downtime {
+    /// It does: a migration, and a restore as a rule. Timers that ran out meanwhile fire.
+    Passes,
+    /// It doesn't: a snapshot of yesterday goes on where it was, and its real time is yesterday's.
+    StandsStill,
+}
+
+/// kvmclock, real time and TSCs of one moment, with the offsets that were in force.
+struct Sample {
+    kvmclock_ns: u64,
+    realtime_ns: u64,
+    tsc: Vec<u64>,
+    /// `None` on a kernel without the attribute.
+    offsets: Option<Vec<u64>>,
+}
+
+/// The guest's time, as a part of its machine. It is restored before the vCPUs, which arm their timers
+/// by it.
+pub struct ClockPart<'a> {
+    /// The VM.
+    pub vm: &'a VmFd,
+    /// All of its vCPUs, by index.
+    pub vcpus: &'a [&'a VcpuFd],
+    /// Whether the time since the save passes for the guest. No matter on save.
+    pub downtime: Downtime,
+}
+
+/// kvmclock in nanoseconds, if this is the clock's section.
+#[must_use]
+pub fn saved_kvmclock_ns(section: &Section) -> Option<u64> {
+    if section.kind != KIND {
+        return None;
+    }
+    vmm_migration::state::decode::<ClockPart<'_>>(section).ok().map(|state| state.kvmclock_ns)
+}
+
+impl Stateful for ClockPart<'_> {
+    const KIND: &'static str = KIND;
+    const VERSION: u16 = 1;
+    type State = ClockStateV1;
+
+    fn save(&self) -> Result<ClockStateV1, SaveError> {
+        let fail = |(what, source): Failure| SaveError { kind: KIND, what, source: source.into() };
+        let tsc_khz = tsc_khz(self.vcpus).map_err(fail)?;
+        let Sample { kvmclock_ns, realtime_ns, tsc, offsets: _ } =
+            sample(self.vm, self.vcpus, tsc_khz).map_err(fail)?;
+        Ok(ClockStateV1 { kvmclock_ns, realtime_ns, tsc_khz, tsc })
+    }
+
+    fn restore(&mut self, state: ClockStateV1) -> Result<(), RestoreError> {
+        let fail = |(what, source): Failure| RestoreError::Kernel {
+            kind: KIND,
+            what,
+            source: source.into(),
+        };
+        let Self { vm, vcpus, downtime } = *self;
+        if state.tsc.len() != vcpus.len() {
+            let why = format!("{} TSCs for {} vCPUs", state.tsc.len(), vcpus.len());
+            return Err(RestoreError::Invalid { kind: KIND, why });
+        }
+        let host_khz = tsc_khz(vcpus).map_err(fail)?;
+        if host_khz != state.tsc_khz {
+            if !tsc_fits(state.tsc_khz, host_khz, vm.check_extension(Cap::TscControl)) {
+                let why = format!(
+                    "the guest's TSC runs at {} kHz, this host's at {host_khz} kHz and can't be scaled",
+                    state.tsc_khz
+                );
+                return Err(RestoreError::Invalid { kind: KIND, why });
+            }
+            for vcpu in vcpus {
+                vcpu.set_tsc_khz(state.tsc_khz).map_err(|e| fail(("KVM_SET_TSC_KHZ", e)))?;
+            }
+        }
+        set_kvmclock(vm, &state, downtime).map_err(fail)?;
+        set_tscs(vm, vcpus, &state).map_err(fail)
+    }
+}
+
+/// Sets every TSC ahead of its saved value by the time that kvmclock is ahead of its own.
+fn set_tscs(vm: &VmFd, vcpus: &[&VcpuFd], state: &ClockStateV1) -> Result<(), Failure> {
+    let now = sample(vm, vcpus, state.tsc_khz)?;
+    let elapsed_ns = now.kvmclock_ns.saturating_sub(state.kvmclock_ns);
+    let ahead = ticks(elapsed_ns, state.tsc_khz);
+    for (i, vcpu) in vcpus.iter().enumerate() {
+        let wanted = state.tsc[i].wrapping_add(ahead);
+        match &now.offsets {
+            Some(offsets) => {
+                let offset = offsets[i].wrapping_add(wanted.wrapping_sub(now.tsc[i]));
+                vcpu_ioctl::set_tsc_offset(vcpu, offset).map_err(|e| ("KVM_VCPU_TSC_OFFSET", e))?;
+            }
+            // Writes within a second of each other KVM takes for one: TSCs stay equal.
+            None => write_tsc(vcpu, wanted)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether a guest whose TSC runs at `guest_khz` can go on here: the frequencies are the same within
+/// KVM's tolerance, or the host scales.
+#[must_use]
+pub fn tsc_fits(guest_khz: u32, host_khz: u32, scaling: bool) -> bool {
+    let apart = u64::from(guest_khz.abs_diff(host_khz));
+    guest_khz != 0 && (scaling || apart * 1_000_000 <= u64::from(host_khz) * TSC_TOLERANCE_PPM)
+}
+
+/// Tells the guest that it was paused (`KVM_KVMCLOCK_CTRL`), so that its watchdogs don't count the
+/// pause as a lockup. To be called for every vCPU before it runs again. A guest without kvmclock can't
+/// be told, and some KVMs can't tell: neither is an error.
+///
+/// # Errors
+/// KVM's others.
+pub fn pause_notify(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    match vcpu.kvmclock_ctrl() {
+        Err(e) if !matches!(e.errno(), libc::EINVAL | libc::ENOTTY) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// The call that failed, and KVM's answer.
+type Failure = (&'static str, kvm_ioctls::Error);
+
+fn tsc_khz(vcpus: &[&VcpuFd]) -> Result<u32, Failure> {
+    vcpus.first().map_or(Ok(0), |vcpu| vcpu.get_tsc_khz().map_err(|e| ("KVM_GET_TSC_KHZ", e)))
+}
+
+fn sample(vm: &VmFd, vcpus: &[&VcpuFd], khz: u32) -> Result<Sample, Failure> {
+    let first =
+        vcpus.first().ok_or(("KVM_GET_CLOCK without a vCPU", kvm_ioctls::Error::new(libc::EIO)))?;
+    let Reading { clock, realtime_ns, tsc } = closest_reading(vm, first)?;
+    let mut tsc = vec![tsc];
+    for vcpu in vcpus.iter().skip(1) {
+        tsc.push(read_tsc(vcpu)?);
+    }
+    let offsets: Option<Vec<u64>> = vcpus
+        .iter()
+        .map(|vcpu| vcpu_ioctl::tsc_offset(vcpu).map_err(|e| ("KVM_VCPU_TSC_OFFSET", e)))
+        .collect::<Result<_, _>>()?;
+    if let (Some(offsets), Some(&first)) = (&offsets, tsc.first()) {
+        let host_tsc = (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(clock.host_tsc);
+        tsc = at_one_moment(first, offsets, host_tsc, khz);
+    }
+    Ok(Sample { kvmclock_ns: clock.clock, realtime_ns, tsc, offsets })
+}
+
+/// KVM's clock, and the first vCPU's TSC just after. Where KVM doesn't tell the host's TSC of that moment, the
+/// host may have done something else in between: the reading that took least of a few is taken, or else the
+/// guest would find its TSC and kvmclock apart after a move.
+fn closest_reading(vm: &VmFd, first: &VcpuFd) -> Result<Reading, Failure> {
+    let read = || -> Result<Reading, Failure> {
+        let clock = vm.get_clock().map_err(|e| ("KVM_GET_CLOCK", e))?;
+        let told = clock.flags & KVM_CLOCK_REALTIME != 0;
+        let realtime_ns = if told { clock.realtime } else { realtime_now() };
+        Ok(Reading { clock, realtime_ns, tsc: read_tsc(first)? })
+    };
+    let (mut best, mut least_ticks) = (read()?, u64::MAX);
+    for _ in 0..READINGS_MAX {
+        if best.clock.flags & KVM_CLOCK_HOST_TSC != 0 {
+            break;
+        }
+        let before = read_tsc(first)?;
+        let reading = read()?;
+        let took_ticks = reading.tsc.wrapping_sub(before);
+        if took_ticks < least_ticks {
+            (best, least_ticks) = (reading, took_ticks);
+        }
+    }
+    Ok(best)
+}
+
+/// The clocks, and the first vCPU's TSC just after.
+struct Reading {
+    clock: kvm_clock_data,
+    realtime_ns: u64,
+    tsc: u64,
+}
+
+fn read_tsc(vcpu: &VcpuFd) -> Result<u64, Failure> {
+    let read = msr::get(vcpu, msr::index::TSC).map_err(|e| ("KVM_GET_MSRS", e))?;
+    read.ok_or(("KVM_GET_MSRS of the TSC", kvm_ioctls::Error::new(libc::EIO)))
+}
+
+/// The TSCs at the moment of KVM's clock reading: to the tick where KVM tells the host's TSC of that
+/// moment and doesn't scale, else as the first was read just after; the others by their offsets.
+fn at_one_moment(first: u64, offsets: &[u64], host_tsc: Option<u64>, khz: u32) -> Vec<u64> {
+    let read_after = |sum: u64| first.wrapping_sub(sum) <= SAMPLE_GAP_MS_MAX * u64::from(khz);
+    let exact = host_tsc.map(|tsc| tsc.wrapping_add(offsets[0])).filter(|sum| read_after(*sum));
+    let base = exact.unwrap_or(first).wrapping_sub(offsets[0]);
+    offsets.iter().map(|offset| base.wrapping_add(*offset)).collect()
+}
+
+fn set_kvmclock(vm: &VmFd, state: &ClockStateV1, downtime: Downtime) -> Result<(), Failure> {
+    let by_kvm = vm.check_extension_int(Cap::AdjustClock) & KVM_CLOCK_REALTIME.cast_signed() != 0;
+    let mut clock = kvm_clock_data { clock: state.kvmclock_ns, ..kvm_clock_data::default() };
+    match downtime {
+        Downtime::StandsStill => {}
+        Downtime::Passes if by_kvm => {
+            clock.flags = KVM_CLOCK_REALTIME;
+            clock.realtime = state.realtime_ns;
+        }
+        Downtime::Passes => {
+            let gone = realtime_now().saturating_sub(state.realtime_ns);
+            clock.clock = clock.clock.saturating_add(gone);
+        }
+    }
+    vm.set_clock(&clock).map_err(|e| ("KVM_SET_CLOCK", e))
+}
+
+fn write_tsc(vcpu: &VcpuFd, data: u64) -> Result<(), Failure> {
+    let entry = kvm_msr_entry { index: msr::index::TSC, data, ..kvm_msr_entry::default() };
+    let msrs = Msrs::from_entries(&[entry]).expect("one entry fits");
+    match vcpu.set_msrs(&msrs) {
+        Ok(1) => Ok(()),
+        Ok(_) => Err(("KVM_SET_MSRS of the TSC", kvm_ioctls::Error::new(libc::EIO))),
+        Err(e) => Err(("KVM_SET_MSRS", e)),
+    }
+}
+
+/// Nanoseconds in ticks of a TSC.
+fn ticks(ns: u64, khz: u32) -> u64 {
+    let ticks = u128::from(ns) * u128::from(khz) / 1_000_000;
+    u64::try_from(ticks).unwrap_or(u64::MAX)
+}
+
+/// The host's real time, in nanoseconds.
+fn realtime_now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_fit_within_the_tolerance_or_scaled() {
+        assert!(tsc_fits(2_000_000, 2_000_000, false));
+        assert!(tsc_fits(2_000_500, 2_000_000, false));
+        assert!(!tsc_fits(2_000_501, 2_000_000, false));
+        assert!(tsc_fits(3_000_000, 2_000_000, true));
+        assert!(!tsc_fits(0, 2_000_000, true));
+    }
+
+    #[test]
+    fn ticks_do_not_overflow() {
+        assert_eq!(ticks(1_000_000_000, 2_500_000), 2_500_000_000);
+        assert_eq!(ticks(u64::MAX, u32::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn tscs_are_exact_unless_scaled() {
+        let khz = 1_000_000;
+        // 1000 + 500 at the clock's moment, read 40 ticks later.
+        assert_eq!(at_one_moment(1540, &[500, 500, 600], Some(1000), khz), [1500, 1500, 1600]);
+        // Scaled: the sum is far off. No host TSC: nothing to sum.
+        assert_eq!(at_one_moment(9_000_000, &[500, 600], Some(1000), khz), [9_000_000, 9_000_100]);
+        assert_eq!(at_one_moment(1540, &[500, 600], None, khz), [1540, 1640]);
+        // Offsets are negative as a rule.
+        let offset = 0_u64.wrapping_sub(900);
+        assert_eq!(at_one_moment(101, &[offset], Some(1000), khz), [100]);
+    }
+}

@@ -1,0 +1,181 @@
+//! The bar that a person at a terminal sees while a migration or a snapshot goes on: one line, redrawn.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::time::{Duration, Instant};
+
+use rustix::termios::tcgetwinsize;
+use serde_json::Value;
+
+use super::progress::{milliseconds, number, seconds};
+use super::units::format_measured;
+
+/// Width of the bar, in characters.
+const BAR_WIDTH: u64 = 20;
+/// Width of a terminal that doesn't say its own.
+const COLUMNS_DEFAULT: usize = 80;
+const PAGE_BYTES: u64 = 4096;
+/// The least time between two drawings within a stage.
+const REDRAW_PERIOD: Duration = Duration::from_millis(100);
+/// The rate shown is that of about this time, in microseconds.
+const RATE_SPAN_US: u64 = 2_000_000;
+
+/// The bar's line, and what it has seen.
+#[derive(Debug)]
+pub struct Bar {
+    /// What happens to the bytes here: `sent`, `received`, `written`.
+    done: &'static str,
+    /// Something stands on the line now.
+    drawn: bool,
+    /// Stage and time of the last drawing.
+    last: Option<(String, Instant)>,
+    /// Time since the start, in microseconds, and bytes: of the last [`RATE_SPAN_US`].
+    seen: VecDeque<(u64, u64)>,
+    /// The most pages that were ever left: all that the guest uses.
+    pages: u64,
+}
+
+impl Bar {
+    /// Nothing is drawn yet.
+    #[must_use]
+    pub fn new(done: &'static str) -> Self {
+        Self { done, drawn: false, last: None, seen: VecDeque::new(), pages: 0 }
+    }
+
+    /// Draws where it stands, unless it has just been drawn.
+    pub fn show(&mut self, progress: &Value) -> io::Result<()> {
+        let text = self.line(progress);
+        let stage = progress["stage"].as_str().unwrap_or_default();
+        let now = Instant::now();
+        if let Some((last, at)) = &self.last
+            && last == stage
+            && now < *at + REDRAW_PERIOD
+        {
+            return Ok(());
+        }
+        self.last = Some((stage.to_owned(), now));
+        self.drawn = true;
+        let mut out = io::stderr().lock();
+        write!(out, "\r\x1b[K{}", cut(&text, columns()))?;
+        out.flush()
+    }
+
+    /// Takes the line away.
+    pub fn clear(&mut self) {
+        if std::mem::take(&mut self.drawn) {
+            let mut out = io::stderr().lock();
+            let _ = write!(out, "\r\x1b[K").and_then(|()| out.flush());
+        }
+    }
+
+    fn line(&mut self, p: &Value) -> String {
+        if let Some(message) = p["message"].as_str() {
+            return message.to_owned();
+        }
+        let rate = self.rate(number(p, "elapsed_us"), number(p, "bytes"));
+        let left = number(p, "pages_left");
+        self.pages = self.pages.max(left);
+        let stage = p["stage"].as_str().unwrap_or_default();
+        let mut text = String::new();
+        // The destination doesn't know how much is left.
+        if let Some(done) = (BAR_WIDTH * (self.pages - left)).checked_div(self.pages) {
+            text.push('[');
+            (0..BAR_WIDTH).for_each(|i| text.push(if i < done { '#' } else { '.' }));
+            text.push_str("] ");
+        }
+        text.push_str(stage);
+        if stage == "pre-copy" {
+            // Writing to a string never fails.
+            let _ = write!(text, " round {}", number(p, "round"));
+        }
+        if !matches!(stage, "pre-migration" | "reservation") {
+            let bytes = format_measured(number(p, "bytes"));
+            let _ = write!(text, " · {bytes} {} · {}/s", self.done, format_measured(rate));
+            let us = (left * PAGE_BYTES).saturating_mul(1_000_000).checked_div(rate);
+            if let (Some(us), true) = (us, self.pages > 0) {
+                let _ = write!(text, " · {} left", seconds(us));
+            }
+        }
+        if number(p, "round") > 0 && number(p, "expected_downtime_us") > 0 {
+            let dirty = number(p, "dirty_pages_per_s").saturating_mul(PAGE_BYTES);
+            let downtime = milliseconds(number(p, "expected_downtime_us"));
+            let _ = write!(text, " · downtime {downtime} · dirties {}/s", format_measured(dirty));
+        }
+        if number(p, "throttle_percent") > 0 {
+            let _ = write!(text, " · throttled {} %", number(p, "throttle_percent"));
+        }
+        text
+    }
+
+    /// Bytes per second over the last moments.
+    fn rate(&mut self, elapsed_us: u64, bytes: u64) -> u64 {
+        self.seen.push_back((elapsed_us, bytes));
+        while self.seen.len() > 2 && self.seen[1].0 + RATE_SPAN_US < elapsed_us {
+            self.seen.pop_front();
+        }
+        let (since_us, before) = self.seen[0];
+        let bytes = bytes.saturating_sub(before).saturating_mul(1_000_000);
+        bytes.checked_div(elapsed_us.saturating_sub(since_us)).unwrap_or(0)
+    }
+}
+
+/// A line that doesn't wrap: then it could not be redrawn.
+fn cut(text: &str, columns: usize) -> String {
+    let room = columns.saturating_sub(1);
+    if text.chars().count() <= room {
+        return text.to_owned();
+    }
+    text.chars().take(room.saturating_sub(1)).chain(['…']).collect()
+}
+
+fn columns() -> usize {
+    match tcgetwinsize(io::stderr()) {
+        Ok(size) if size.ws_col > 0 => usize::from(size.ws_col),
+        _ => COLUMNS_DEFAULT,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_round_fills_the_bar_and_later_ones_say_what_is_measured() {
+        let mut bar = Bar::new("sent");
+        let at = |us: u64, left: u64, round: u32| {
+            json!({ "stage": "pre-copy", "round": round, "elapsed_us": us, "pages_left": left,
+                    "bytes": us, "dirty_pages_per_s": 256, "expected_downtime_us": 1500 })
+        };
+        assert_eq!(
+            bar.line(&at(0, 512, 0)),
+            "[....................] pre-copy round 0 · 0 B sent · 0 B/s"
+        );
+        assert_eq!(
+            bar.line(&at(1 << 20, 256, 0)),
+            "[##########..........] pre-copy round 0 · 1.0 MiB sent · 976.5 KiB/s · 1.0 s left"
+        );
+        assert_eq!(
+            bar.line(&at(2 << 20, 0, 1)),
+            "[####################] pre-copy round 1 · 2.0 MiB sent · 976.5 KiB/s · 0.0 s left \
+             · downtime 1.5 ms · dirties 1.0 MiB/s"
+        );
+    }
+
+    #[test]
+    fn before_any_page_only_the_stage_is_told() {
+        let mut bar = Bar::new("received");
+        let progress = json!({ "stage": "reservation", "bytes": 1 << 24, "elapsed_us": 5 });
+        assert_eq!(bar.line(&progress), "reservation");
+        assert_eq!(bar.line(&json!({ "stage": "in-doubt", "message": "so and so" })), "so and so");
+    }
+
+    #[test]
+    fn a_line_never_reaches_the_last_column() {
+        assert_eq!(cut("abc·d", 6), "abc·d");
+        assert_eq!(cut("abc·d", 5), "abc…");
+        assert_eq!(cut("abc", 1), "…");
+    }
+}

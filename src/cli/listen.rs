@@ -1,0 +1,130 @@
+//! `vmm migrate --listen`: takes a guest in and stays with it, as `vmm run` does with one it booted.
+
+use std::io;
+use std::process::ExitCode;
+use std::sync::mpsc;
+
+use serde_json::json;
+use vmm_migration::channel::Flow;
+use vmm_migration::report::Progress;
+
+use super::Outcome;
+use super::progress::Display;
+use super::run::{self, CONSOLE_FLUSH_TIMEOUT};
+use crate::api::server::Server;
+use crate::control;
+use crate::event::Event;
+use crate::log;
+use crate::migrate::arriving::{Arrived, Destination, Overrides};
+use crate::migrate::incoming::{self, Arrival, Door};
+use crate::migrate::link::{LinkError, Listener};
+use crate::migrate::uri::Uri;
+use crate::migrate::verdicts::Verdicts;
+use crate::signals;
+
+/// Why no guest was taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The address.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The migration failed.
+    #[error("the migration failed: {0}")]
+    Failed(String),
+    /// There can be no thread.
+    #[error("can't start listening")]
+    Start(#[source] io::Error),
+}
+
+/// The options.
+pub struct ListenArgs {
+    /// Where to listen.
+    pub uri: Uri,
+    /// What differs on this host.
+    pub overrides: Overrides,
+    /// Progress as JSON.
+    pub json: bool,
+}
+
+/// Waits for a source, takes its guest, sees it through to its end.
+pub fn run(args: ListenArgs) -> Outcome {
+    let ListenArgs { uri, overrides, json } = args;
+    // Before any thread starts, so that all of them have the signals blocked.
+    let signals = signals::block().map_err(run::RunError::Signals)?;
+    let (events, inbox) = mpsc::channel();
+    signals.send_to(events.clone()).map_err(run::RunError::Signals)?;
+    let listener = Listener::bind(&uri).map_err(ListenError::from)?;
+    let door = Door::open(listener).map_err(ListenError::Start)?;
+    let mut host = Destination { overrides, events: events.clone() };
+    let mut verdicts = Verdicts::of_this_host();
+    let mut display = Display::new(json, "received");
+    if matches!(display, Display::Bar(_)) {
+        log::print(&format!("waiting for a guest on {uri}"));
+    }
+    let mut deferred = Vec::new();
+    let mut failure = None;
+    while let Some(channel) = door.next(&inbox) {
+        let mut observer = |progress: &Progress| {
+            display.show(&json!(progress));
+            match inbox.try_recv() {
+                Ok(Event::Signal(_) | Event::ConsoleQuit) => Flow::Cancel,
+                Ok(other) => {
+                    deferred.push(other);
+                    Flow::Continue
+                }
+                Err(_) => Flow::Continue,
+            }
+        };
+        let arrival = incoming::take(channel, &mut host, &mut verdicts, &mut observer);
+        display.clear();
+        match arrival {
+            Arrival::Taken(arrived, farewell) => {
+                door.say_farewell(farewell, verdicts);
+                for event in deferred {
+                    // The control thread reads them next.
+                    let _ = events.send(event);
+                }
+                if !json {
+                    log::print(&format!("{} is here", arrived.vm.config().name));
+                }
+                return live(*arrived, &events, inbox);
+            }
+            Arrival::Failed { why, in_doubt } => {
+                if !in_doubt {
+                    return Err(ListenError::Failed(why).into());
+                }
+                // The source may come back to ask; others may come with a guest.
+                log::print(&format!("the migration failed: {why}"));
+                failure = Some(why);
+            }
+            // There is no other connection to wait for.
+            Arrival::Stray(why) if uri == Uri::Stdio => return Err(ListenError::Failed(why).into()),
+            // A port scanner doesn't end the wait for the guest.
+            Arrival::Stray(why) => log::print(&format!("a connection brought no guest: {why}")),
+            Arrival::Nothing => {}
+        }
+        door.free();
+    }
+    match failure {
+        Some(why) => Err(ListenError::Failed(why).into()),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Stays with a guest that came from elsewhere until it ends.
+pub(super) fn live(
+    arrived: Arrived,
+    events: &mpsc::Sender<Event>,
+    inbox: mpsc::Receiver<Event>,
+) -> Outcome {
+    let Arrived { vm, socket, console } = arrived;
+    let name = vm.config().name.clone();
+    let server = Server::start(socket, &name, events.clone()).map_err(run::RunError::Serve)?;
+    let end = control::serve(vm, &console, events, &inbox).map_err(run::RunError::from);
+    if !console.flush(CONSOLE_FLUSH_TIMEOUT) {
+        tracing::warn!("the console's reader is too slow: some of the guest's output is lost");
+    }
+    drop(inbox);
+    drop(server);
+    Ok(run::status(&end?))
+}

@@ -1,0 +1,151 @@
+//! How a migration is shown: a bar on a terminal (see [`super::bar`]), a line a stage elsewhere, JSON for
+//! programs; and the report at its end.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write as _};
+
+use serde_json::Value;
+
+use super::bar::Bar;
+use super::units::format_measured;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Who looks.
+pub enum Display {
+    /// A program.
+    Json,
+    /// A person at a terminal.
+    Bar(Bar),
+    /// A log.
+    Lines {
+        /// The stage told last.
+        stage: String,
+    },
+}
+
+impl Display {
+    /// For a program, or else for a person, at a terminal or not. `done` says what happens to the bytes here.
+    #[must_use]
+    pub fn new(json: bool, done: &'static str) -> Self {
+        match (json, io::stderr().is_terminal()) {
+            (true, _) => Self::Json,
+            (false, true) => Self::Bar(Bar::new(done)),
+            (false, false) => Self::Lines { stage: String::new() },
+        }
+    }
+
+    /// Shows where a migration stands.
+    pub fn show(&mut self, progress: &Value) {
+        // Who can't be shown anything is told nothing: the migration goes on.
+        let _ = match self {
+            Self::Json => writeln!(io::stderr(), "{progress}"),
+            Self::Bar(bar) => bar.show(progress),
+            Self::Lines { stage } => {
+                let now = progress["stage"].as_str().unwrap_or_default();
+                if now == stage {
+                    return;
+                }
+                now.clone_into(stage);
+                match progress["message"].as_str() {
+                    Some(message) => writeln!(io::stderr(), "vmm: {message}"),
+                    None => writeln!(io::stderr(), "vmm: {now}"),
+                }
+            }
+        };
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&mut self) {
+        if let Self::Bar(bar) = self {
+            bar.clear();
+        }
+    }
+}
+
+pub(super) fn number(value: &Value, field: &str) -> u64 {
+    value[field].as_u64().unwrap_or(0)
+}
+
+pub(super) fn seconds(us: u64) -> String {
+    format!("{}.{} s", us / 1_000_000, us / 100_000 % 10)
+}
+
+pub(super) fn milliseconds(us: u64) -> String {
+    format!("{}.{} ms", us / 1000, us / 100 % 10)
+}
+
+/// The report of a migration that happened, as text.
+#[must_use]
+pub fn report(r: &Value) -> String {
+    let mut text = format!(
+        "moved {} in {}, {} sent\n",
+        r["name"].as_str().unwrap_or_default(),
+        seconds(number(r, "total_us")),
+        format_measured(number(r, "sent_bytes")),
+    );
+    text.push_str("round     pages      zero       bytes        time      dirtied\n");
+    let none = Vec::new();
+    let rounds = r["rounds"].as_array().unwrap_or(&none);
+    for (i, round) in rounds.iter().enumerate() {
+        let name = if i + 1 == rounds.len() { "stop".to_owned() } else { i.to_string() };
+        let _ = writeln!(
+            text,
+            "{name:<5} {:>9} {:>9} {:>11} {:>11} {:>10}/s",
+            number(round, "pages"),
+            number(round, "zero_pages"),
+            format_measured(number(round, "bytes")),
+            milliseconds(number(round, "time_us")),
+            format_measured(number(round, "dirty_pages_per_s").saturating_mul(PAGE_BYTES)),
+        );
+    }
+    let downtime = &r["downtime"];
+    let part = |field| milliseconds(number(downtime, field));
+    let _ = writeln!(
+        text,
+        "downtime {}: stop {}, dirty {}, pages {}, save {}, restore {}, commit {}, activate {}",
+        part("total_us"),
+        part("stop_us"),
+        part("dirty_us"),
+        part("pages_us"),
+        part("save_us"),
+        part("restore_us"),
+        part("commit_us"),
+        part("activate_us"),
+    );
+    if let Some(stall) = r["guest_stall_us"].as_u64() {
+        let _ = writeln!(text, "the guest's own clock saw a gap of {}", milliseconds(stall));
+    }
+    if r["forecast"].is_object() {
+        let f = &r["forecast"];
+        let _ = writeln!(
+            text,
+            "forecast: {} in {} with a downtime of {}",
+            format_measured(number(f, "bytes")),
+            seconds(number(f, "total_us")),
+            milliseconds(number(f, "downtime_us")),
+        );
+    }
+    text
+}
+
+/// The forecast of a dry run, as text.
+#[must_use]
+pub fn forecast(r: &Value) -> String {
+    let f = &r["forecast"];
+    let verdict = match f["converges"].as_bool() {
+        Some(true) => "it would converge",
+        _ => "will not converge at this bandwidth within these limits",
+    };
+    format!(
+        "{verdict}: about {} and {} in {} rounds, downtime {} (of it {} fixed); the guest dirties {}/s, {}/s \
+         go over\n",
+        seconds(number(f, "total_us")),
+        format_measured(number(f, "bytes")),
+        number(f, "rounds"),
+        milliseconds(number(f, "downtime_us")),
+        milliseconds(number(f, "fixed_us")),
+        format_measured(number(f, "dirty_pages_per_s").saturating_mul(PAGE_BYTES)),
+        format_measured(number(f, "send_bytes_per_s")),
+    )
+}

@@ -1,0 +1,328 @@
+//! Guest RAM: an unnamed file in memory, its mappings, and the KVM memory slots over them.
+//!
+//! One file backs all of RAM, range after range without holes, so that an offset in the file is an
+//! offset in RAM: snapshots and hand-overs use the same numbering. Where we may, it lies on a tmpfs of its
+//! own that gives huge pages, else it is a memfd.
+
+use std::fs::File;
+use std::io;
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use rustix::fd::OwnedFd;
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate, memfd_create, openat,
+    seek,
+};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
+};
+use vmm_devices::GuestRam;
+
+/// Size of a page in KVM's dirty log and in a migration, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// Size of a huge page, in bytes.
+const HUGE_PAGE_SIZE: u64 = 2 << 20;
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+/// The host's policy on huge pages for memory of programs: `always [madvise] never`.
+const HUGE_POLICY: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The memfd could not be made.
+    #[error("can't create guest memory{hint}")]
+    Create {
+        /// What to do about it, for `--hugepages`.
+        hint: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The range could not be mapped.
+    #[error("can't map {mib} MiB of guest memory{hint}: {why}")]
+    Map {
+        /// Size of the range that failed.
+        mib: u64,
+        /// What to do about it.
+        hint: &'static str,
+        /// The kernel's answer.
+        why: String,
+    },
+    /// KVM refused a memory slot.
+    #[error("KVM refused the memory slot at {address:#x} of {mib} MiB")]
+    Slot {
+        /// Guest-physical start.
+        address: u64,
+        /// Size.
+        mib: u64,
+        /// The kernel's answer.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// One KVM memory slot: a contiguous range of guest-physical addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct MemorySlot {
+    /// KVM's slot number.
+    pub id: u32,
+    /// Guest-physical start.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Offset in the file.
+    pub file_offset: u64,
+}
+
+/// Where the pages of a new RAM come from.
+#[derive(Debug)]
+pub enum Backing {
+    /// A fresh file, zeroed; of 2 MiB pages if `hugepages`.
+    Fresh {
+        /// Back it by 2 MiB pages from the host's pool. Without, it has huge pages where there are any.
+        hugepages: bool,
+    },
+    /// A snapshot's memory file, mapped privately: pages are read when the guest first touches them.
+    Private(File),
+}
+
+/// Guest RAM and its slots.
+#[derive(Debug)]
+pub struct Memory {
+    ram: GuestRam,
+    slots: Vec<MemorySlot>,
+    /// The file in memory, or that of a private mapping.
+    file: File,
+    private: bool,
+}
+
+const HUGE_HINT: &str = ": reserve 2 MiB pages (sysctl vm.nr_hugepages) or drop --hugepages";
+
+impl Memory {
+    /// Maps the given guest-physical ranges over one backing.
+    pub fn new(ranges: &[(GuestAddress, u64)], backing: Backing) -> Result<Self, MemoryError> {
+        let total: u64 = ranges.iter().map(|r| r.1).sum();
+        let private = matches!(backing, Backing::Private(_));
+        let (file, flags, hint) = open_backing(backing, total)?;
+        let mut regions = Vec::new();
+        let mut slots = Vec::new();
+        let mut file_offset = 0;
+        for (id, &(start, len)) in (0u32..).zip(ranges) {
+            let fail = |why: String| MemoryError::Map { mib: len >> 20, hint, why };
+            let size = usize::try_from(len).map_err(|e| fail(e.to_string()))?;
+            let shared = file.try_clone().map_err(|e| fail(e.to_string()))?;
+            let mapping: MmapRegion<AtomicBitmap> =
+                MmapRegionBuilder::new_with_bitmap(size, bitmap(size))
+                    .with_file_offset(FileOffset::new(shared, file_offset))
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(flags)
+                    .build()
+                    .map_err(|e| fail(e.to_string()))?;
+            let region = GuestRegionMmap::new(mapping, start)
+                .ok_or_else(|| fail("the range wraps".to_owned()))?;
+            regions.push(region);
+            slots.push(MemorySlot { id, start: start.0, len, file_offset });
+            file_offset += len;
+        }
+        let ram = GuestRam::from_regions(regions).map_err(|e| MemoryError::Map {
+            mib: total >> 20,
+            hint,
+            why: e.to_string(),
+        })?;
+        Ok(Self { ram, slots, file, private })
+    }
+
+    /// The mapped RAM.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The memory slots in address order.
+    #[must_use]
+    pub fn slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    /// Total size in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.slots.iter().map(|s| s.len).sum()
+    }
+
+    /// Whether there is no RAM at all, which no machine has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Forgets which pages the VMM and its devices wrote.
+    pub fn reset_written(&self) {
+        for region in self.ram.iter() {
+            bitmap_of(region).reset();
+        }
+    }
+
+    /// Hands each slot's bitmap of pages that the VMM and its devices wrote (64 pages a word) to
+    /// `visit`, and clears it.
+    pub fn take_written(&self, mut visit: impl FnMut(&MemorySlot, &[u64])) {
+        for (slot, region) in self.slots.iter().zip(self.ram.iter()) {
+            visit(slot, &bitmap_of(region).get_and_reset());
+        }
+    }
+
+    /// Finds what was ever touched of `len` bytes at `offset` of a slot, as offset and length in bytes of
+    /// each piece. Untouched memory reads as zero. Of privately mapped memory everything counts.
+    pub fn touched(
+        &self,
+        slot: &MemorySlot,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        if self.private {
+            visit(offset, len);
+            return Ok(());
+        }
+        let (start, end) = (slot.file_offset + offset, slot.file_offset + offset + len);
+        let mut at = start;
+        while at < end {
+            let data = match seek(&self.file, SeekFrom::Data(at)) {
+                // No data up to the end of the file.
+                Err(Errno::NXIO) => break,
+                found => found?.min(end),
+            };
+            at = seek(&self.file, SeekFrom::Hole(data))?.min(end);
+            if at > data {
+                visit(data - slot.file_offset, at - data);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `len` bytes at `offset` of a slot read as zero. Whole huge pages go back to the host; a hole in
+    /// one would only split it, so that what is touched around them is written.
+    pub fn discard(&self, slot: &MemorySlot, offset: u64, len: u64) -> io::Result<()> {
+        let (start, end) = (slot.file_offset + offset, slot.file_offset + offset + len);
+        let huge_end = end / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
+        let huge_start = start.next_multiple_of(HUGE_PAGE_SIZE).min(huge_end.max(start));
+        let huge_end = huge_end.max(huge_start);
+        if huge_end > huge_start {
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&self.file, punch, huge_start, huge_end - huge_start)?;
+        }
+        for (start, end) in [(start, huge_start), (huge_end, end)] {
+            let mut result = Ok(());
+            self.touched(slot, start - slot.file_offset, end - start, |offset, len| {
+                let address = GuestAddress(slot.start + offset);
+                result = std::mem::replace(&mut result, Ok(())).and(self.clear(address, len));
+            })?;
+            result?;
+        }
+        Ok(())
+    }
+
+    /// Writes zeros.
+    fn clear(&self, address: GuestAddress, len: u64) -> io::Result<()> {
+        for done in (0..len).step_by(ZEROS.len()) {
+            let count =
+                usize::try_from(len - done).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
+            let at = address.unchecked_add(done);
+            self.ram.write_slice(&ZEROS[..count], at).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the slots to KVM (KVM API 4.35), with or without a dirty log. Called again to turn
+    /// the log on or off: only the flag changes, so mappings stay.
+    pub fn register(&self, vm: &VmFd, log_dirty_pages: bool) -> Result<(), MemoryError> {
+        for (slot, region) in self.slots.iter().zip(self.ram.iter()) {
+            let userspace_addr = region.as_ptr() as u64;
+            let area = kvm_userspace_memory_region {
+                slot: slot.id,
+                flags: if log_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                guest_phys_addr: slot.start,
+                memory_size: slot.len,
+                userspace_addr,
+            };
+            // SAFETY: the range is `region`'s own live mapping of exactly `slot.len` bytes. The
+            // machine that owns this memory and the VM fd drops the VM before the mapping.
+            unsafe { vm.set_user_memory_region(area) }.map_err(|e| MemoryError::Slot {
+                address: slot.start,
+                mib: slot.len >> 20,
+                source: e,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn bitmap_of(region: &GuestRegionMmap<AtomicBitmap>) -> &AtomicBitmap {
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    mapping.bitmap()
+}
+
+fn bitmap(len: usize) -> AtomicBitmap {
+    let page = usize::try_from(PAGE_SIZE).ok().and_then(std::num::NonZeroUsize::new);
+    AtomicBitmap::new(len, page.expect("a page has a size that fits"))
+}
+
+fn open_backing(backing: Backing, len: u64) -> Result<(File, i32, &'static str), MemoryError> {
+    match backing {
+        Backing::Private(file) => Ok((file, libc::MAP_PRIVATE | libc::MAP_NORESERVE, "")),
+        Backing::Fresh { hugepages } => {
+            let (flags, map_flags, hint) = if hugepages {
+                // Reserved when mapped: a guest must not die of SIGBUS when the pool runs dry.
+                (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED, HUGE_HINT)
+            } else {
+                (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE, "")
+            };
+            let fail =
+                |e: rustix::io::Errno| MemoryError::Create { hint, source: io::Error::from(e) };
+            let fd = match if hugepages { None } else { huge_tmpfs_file() } {
+                Some(fd) => fd,
+                None => memfd_create("vmm-guest-ram", flags | MemfdFlags::CLOEXEC).map_err(fail)?,
+            };
+            ftruncate(&fd, len).map_err(fail)?;
+            Ok((File::from(fd), map_flags, hint))
+        }
+    }
+}
+
+/// An unnamed file on a tmpfs that is mounted nowhere and has huge pages, if the host's policy lets programs
+/// have them (as other VMMs ask for) and we may mount (as root). With pages of 4 KiB a guest boots and goes on
+/// after a move much slower: each page that it touches first is a fault, and each TLB entry covers less.
+fn huge_tmpfs_file() -> Option<OwnedFd> {
+    let policy = std::fs::read_to_string(HUGE_POLICY).ok()?;
+    if policy.contains("[never]") {
+        return None;
+    }
+    let make = || {
+        let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&tmpfs, "huge", "within_size")?;
+        // Without a limit, as a memfd has none; tmpfs would take half of the host's memory for one.
+        fsconfig_set_string(&tmpfs, "size", "0")?;
+        fsconfig_create(&tmpfs)?;
+        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+        let root = fsmount(&tmpfs, flags, MountAttrFlags::MOUNT_ATTR_NOEXEC)?;
+        openat(
+            &root,
+            ".",
+            OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
+            Mode::RUSR | Mode::WUSR,
+        )
+    };
+    make().inspect_err(|e| tracing::debug!("no tmpfs with huge pages: {e}")).ok()
+}
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

@@ -1,0 +1,88 @@
+//! Guest RAM by itself: what is touched, what is discarded, and how it lies.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Backing, HUGE_PAGE_SIZE, Memory, PAGE_SIZE};
+
+const MIB: u64 = 1 << 20;
+
+/// 8 MiB below, 4 MiB above a hole.
+fn memory() -> Memory {
+    let ranges = [(GuestAddress(0), 8 * MIB), (GuestAddress(64 * MIB), 4 * MIB)];
+    Memory::new(&ranges, Backing::Fresh { hugepages: false }).unwrap()
+}
+
+fn touched(memory: &Memory, slot: usize) -> u64 {
+    let (mut sum, slot) = (0, memory.slots()[slot]);
+    memory.touched(&slot, 0, slot.len, |_, len| sum += len).unwrap();
+    sum
+}
+
+fn read(memory: &Memory, address: u64) -> u8 {
+    memory.ram().read_obj(GuestAddress(address)).unwrap()
+}
+
+#[test]
+fn what_was_written_counts_as_touched_and_no_other_slot() {
+    let memory = memory();
+    assert_eq!((touched(&memory, 0), touched(&memory, 1)), (0, 0));
+    memory.ram().write_obj(1_u8, GuestAddress(65 * MIB)).unwrap();
+    assert_eq!(touched(&memory, 0), 0);
+    let one = touched(&memory, 1);
+    assert!((PAGE_SIZE..=HUGE_PAGE_SIZE).contains(&one), "{one} bytes of one that was written");
+}
+
+#[test]
+fn a_page_discarded_is_zero_and_its_neighbours_stay() {
+    let memory = memory();
+    let slot = memory.slots()[1];
+    for page in 0..1024 {
+        let address = GuestAddress(slot.start + page * PAGE_SIZE);
+        memory.ram().write_slice(&[7; 4096], address).unwrap();
+    }
+    // One page; several over the edge between huge pages; none.
+    for (first, count) in [(3, 1), (510, 4), (9, 0)] {
+        memory.discard(&slot, first * PAGE_SIZE, count * PAGE_SIZE).unwrap();
+    }
+    for page in 0..1024 {
+        let expected = if page == 3 || (510..514).contains(&page) { 0 } else { 7 };
+        for at in [0, PAGE_SIZE - 1] {
+            assert_eq!(read(&memory, slot.start + page * PAGE_SIZE + at), expected, "page {page}");
+        }
+    }
+}
+
+#[test]
+fn huge_pages_discarded_go_back_to_the_host() {
+    let memory = memory();
+    let slot = memory.slots()[0];
+    for page in 0..slot.len / PAGE_SIZE {
+        memory.ram().write_obj(7_u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    assert_eq!(touched(&memory, 0), slot.len);
+    memory.discard(&slot, 3 * PAGE_SIZE, slot.len - 3 * PAGE_SIZE).unwrap();
+    assert_eq!(touched(&memory, 0), HUGE_PAGE_SIZE, "all but the first is given back");
+    assert_eq!((read(&memory, 0), read(&memory, 3 * PAGE_SIZE)), (7, 0));
+    assert_eq!(read(&memory, 5 * MIB), 0);
+}
+
+#[test]
+fn discarding_untouched_memory_touches_none() {
+    let memory = memory();
+    let slot = memory.slots()[1];
+    memory.discard(&slot, PAGE_SIZE, slot.len - 2 * PAGE_SIZE).unwrap();
+    assert_eq!(touched(&memory, 1), 0);
+}
+
+#[test]
+fn ranges_lie_so_that_huge_pages_can_be_mapped() {
+    // KVM maps a huge page only where the guest's address and ours agree below it.
+    let memory = memory();
+    for region in memory.ram().iter() {
+        let ours = region.as_ptr() as u64;
+        let file = memory.file.metadata().unwrap();
+        if std::os::unix::fs::MetadataExt::blksize(&file) == HUGE_PAGE_SIZE {
+            assert_eq!(ours % HUGE_PAGE_SIZE, region.start_addr().0 % HUGE_PAGE_SIZE);
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The destination's guest: checked and built at reservation, filled, restored, and at last activated.
+
+use std::path::{Path, PathBuf};
+use std::slice;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, SystemTime};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_devices::virtio::announce::announce_frames;
+use vmm_migration::guest::{Active, GuestError, Host, Reserved, Vacant};
+use vmm_migration::pages::Run;
+use vmm_migration::plan::{Plan, SectionId};
+use vmm_migration::state::Section;
+
+use super::cpu;
+use crate::api::socket::{self, ControlSocket, SocketError};
+use crate::arch::clock::Downtime;
+use crate::backend::disk::{DiskError, Locking};
+use crate::backend::tap::TapHandle;
+use crate::chain::chain;
+use crate::config::{Config, SerialTarget};
+use crate::console::Console;
+use crate::event::Event;
+use crate::machine::{Machine, Origin};
+use crate::memory::{Backing, PAGE_SIZE};
+use crate::vm::Vm;
+
+/// Rounds of announcements after a move, and the time between two of them.
+const ANNOUNCE_ROUNDS: u32 = 5;
+const ANNOUNCE_PERIOD: Duration = Duration::from_millis(100);
+
+/// What differs on this host, as the command line says.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// The VM's name here.
+    pub name: Option<String>,
+    /// Its control socket.
+    pub control: Option<PathBuf>,
+    /// Path of each disk that has another one here, by id.
+    pub disks: Vec<(String, PathBuf)>,
+    /// TAP of each network interface that has another one here, by id.
+    pub nets: Vec<(String, String)>,
+    /// The serial console here; standard input and output by default.
+    pub serial: Option<SerialTarget>,
+}
+
+/// This host, which takes one guest.
+pub struct Destination {
+    /// What differs here.
+    pub overrides: Overrides,
+    /// Hears what the guest asks for.
+    pub events: Sender<Event>,
+}
+
+/// A guest that has its place here and never ran.
+pub struct VacantGuest {
+    machine: Machine,
+    socket: ControlSocket,
+    console: Arc<Console>,
+    /// kvmclock at the source when the guest was saved, in nanoseconds.
+    saved_clock_ns: Option<u64>,
+}
+
+/// The guest, activated.
+pub struct Arrived {
+    /// Running, or paused as it was.
+    pub vm: Vm,
+    /// Its control socket, not served yet.
+    pub socket: ControlSocket,
+    /// Its console.
+    pub console: Arc<Console>,
+}
+
+impl Host for Destination {
+    type Vacant = VacantGuest;
+
+    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<VacantGuest>, Vec<String>> {
+        let config = self.configure(plan)?;
+        let mut reasons = disk_reasons(&config, plan);
+        reasons.extend(memory_reason(plan));
+        if !reasons.is_empty() {
+            return Err(reasons);
+        }
+        let socket = self.socket(&config).map_err(one_line)?;
+        let console = Console::open(&config.serial, self.events.clone()).map_err(one_line)?;
+        let console = Arc::new(console);
+        let origin = Origin {
+            backing: Backing::Fresh { hugepages: config.hugepages },
+            locking: Locking::Later,
+            needs: Some(plan.cpu.clone()),
+        };
+        let machine =
+            Machine::new(config, origin, &console, self.events.clone()).map_err(one_line)?;
+        let first = machine.vcpus.first().map(|v| v.fd()).expect("a machine has a vCPU");
+        reasons.extend(cpu::lacking(&plan.cpu, &machine.core.host, &machine.core.vm, first));
+        reasons.extend(layout_reason(&machine, plan));
+        if !reasons.is_empty() {
+            return Err(reasons);
+        }
+        let locks_seen = locks_seen(&machine);
+        let guest = VacantGuest { machine, socket, console, saved_clock_ns: None };
+        Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
+    }
+}
+
+impl Destination {
+    /// The guest's configuration, with what differs here.
+    pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
+        let mut config: Config = serde_json::from_slice(&plan.config)
+            .map_err(|e| vec![format!("the guest's configuration can't be read: {e}")])?;
+        let Overrides { name, control: _, disks, nets, serial } = &self.overrides;
+        if let Some(name) = name {
+            config.name.clone_from(name);
+        }
+        config.serial = serial.clone().unwrap_or(SerialTarget::Stdio).of_vm(&config.name);
+        let mut reasons = Vec::new();
+        for (id, path) in disks {
+            match config.disks.iter_mut().find(|disk| disk.id == *id) {
+                Some(disk) => disk.path.clone_from(path),
+                None => reasons.push(format!("--disk id={id}: the guest has no such disk")),
+            }
+        }
+        for (id, tap) in nets {
+            match config.nets.iter_mut().find(|net| net.id == *id) {
+                Some(net) => net.tap.clone_from(tap),
+                None => reasons.push(format!("--net id={id}: the guest has no such interface")),
+            }
+        }
+        reasons.extend(config.validate().err().map(|e| e.to_string()));
+        if reasons.is_empty() { Ok(config) } else { Err(reasons) }
+    }
+
+    pub(super) fn socket(&self, config: &Config) -> Result<ControlSocket, SocketError> {
+        let path = match &self.overrides.control {
+            Some(path) => path.clone(),
+            None => socket::path_of(&config.name)?,
+        };
+        ControlSocket::bind(&path)
+    }
+}
+
+impl Vacant for VacantGuest {
+    type Running = Arrived;
+
+    fn parts(&self) -> Vec<SectionId> {
+        self.machine.core.parts.clone()
+    }
+
+    fn try_restore(&mut self, example: &[Section]) -> Result<(), Vec<String>> {
+        self.restore(example)
+    }
+
+    fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
+        let len = usize::try_from(run.bytes())?;
+        let slice = self.machine.core.memory.ram().get_slice(GuestAddress(run.address()), len)?;
+        let start = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: `get_slice` checked that the range is mapped and in one region, and the mapping lives
+        // as long as `self`. No vCPU ever ran and no device has a worker, so nothing else reads or
+        // writes it while `self` is borrowed mutably.
+        Ok(unsafe { slice::from_raw_parts_mut(start, len) })
+    }
+
+    fn zero(&mut self, run: Run) -> Result<(), GuestError> {
+        let memory = &self.machine.core.memory;
+        let (address, end) = (run.address(), run.address() + run.bytes());
+        let slot = memory.slots().iter().find(|s| s.start <= address && end <= s.start + s.len);
+        let slot = slot.ok_or_else(|| format!("no RAM at {address:#x}"))?;
+        Ok(memory.discard(slot, address - slot.start, run.bytes())?)
+    }
+
+    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
+        self.machine.restore(sections.to_vec(), Downtime::Passes).map_err(one_line)?;
+        self.saved_clock_ns = sections.iter().find_map(crate::arch::clock::saved_kvmclock_ns);
+        Ok(())
+    }
+
+    fn activate(self, paused: bool) -> Result<Active<Arrived>, GuestError> {
+        let Self { machine, socket, console, saved_clock_ns } = self;
+        let marks = take_disks(&machine)?;
+        for (_, announcer) in &machine.core.platform.taps {
+            announcer.request();
+        }
+        let taps: Vec<_> = machine.core.platform.taps.to_vec();
+        let vm = if paused {
+            Vm::Paused(machine)
+        } else {
+            match machine.start() {
+                Ok(running) => Vm::Running(running),
+                Err(failed) => {
+                    let (machine, error) = *failed;
+                    for (disk, before) in machine.core.platform.disks.iter().zip(marks) {
+                        // It never ran: the source may find its disks as it left them.
+                        let _ = before.map(|time| disk.set_modified(time));
+                    }
+                    return Err(error.into());
+                }
+            }
+        };
+        let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
+        let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
+        announce(taps);
+        Ok(Active { running: Arrived { vm, socket, console }, guest_stall_us: gap })
+    }
+}
+
+/// Takes every disk's lock and marks the writable ones as having another owner. Gives the time of
+/// modification that each had before.
+fn take_disks(machine: &Machine) -> Result<Vec<Option<SystemTime>>, GuestError> {
+    let disks = &machine.core.platform.disks;
+    for disk in disks {
+        disk.take_lock()?;
+    }
+    let mut marks = Vec::new();
+    for disk in disks {
+        let before = if disk.is_writable() { Some(disk.fingerprint()?.modified) } else { None };
+        marks.push(before);
+    }
+    for disk in disks.iter().filter(|disk| disk.is_writable()) {
+        disk.set_modified(SystemTime::now())?;
+    }
+    Ok(marks)
+}
+
+/// Tells the network where the guest is now, a few rounds over half a second. What can't be sent
+/// is left: the guest announces itself too.
+pub(super) fn announce(taps: Vec<(TapHandle, vmm_devices::virtio::announce::Announcer)>) {
+    if taps.is_empty() {
+        return;
+    }
+    let rounds = move || {
+        for _ in 0..ANNOUNCE_ROUNDS {
+            for (tap, announcer) in &taps {
+                for frame in announce_frames(announcer.mac(), &[]) {
+                    let _ = tap.send(&frame);
+                }
+            }
+            std::thread::sleep(ANNOUNCE_PERIOD);
+        }
+    };
+    let spawned = std::thread::Builder::new().name("announce".to_owned()).spawn(rounds);
+    if let Err(e) = spawned {
+        tracing::warn!("the guest's move can't be announced on its networks: {e}");
+    }
+}
+
+/// Whether the source's locks on the guest's writable disks are seen here: on all, and there is one.
+fn locks_seen(machine: &Machine) -> bool {
+    let mut writable = machine.core.platform.disks.iter().filter(|d| d.is_writable()).peekable();
+    writable.peek().is_some() && writable.all(|d| d.is_locked_elsewhere().unwrap_or(false))
+}
+
+pub(super) fn disk_reasons(config: &Config, plan: &Plan) -> Vec<String> {
+    let size = |path: &Path| -> Result<u64, DiskError> { crate::backend::disk::size_of(path) };
+    let mut reasons = Vec::new();
+    for disk in &config.disks {
+        let Some(need) = plan.disks.iter().find(|need| need.id == disk.id) else {
+            reasons.push(format!("disk {}: the source doesn't tell its size", disk.id));
+            continue;
+        };
+        match size(&disk.path) {
+            Err(e) => reasons.push(chain(&e)),
+            Ok(bytes) if bytes != need.bytes => reasons.push(format!(
+                "disk {}: {} has {bytes} bytes here, {} at the source",
+                disk.id,
+                disk.path.display(),
+                need.bytes
+            )),
+            Ok(_) => {}
+        }
+    }
+    reasons
+}
+
+pub(super) fn layout_reason(machine: &Machine, plan: &Plan) -> Option<String> {
+    let ours = machine.core.memory.slots().iter().map(|s| (s.start / PAGE_SIZE, s.len / PAGE_SIZE));
+    let theirs = plan.ram()?.regions.iter().map(|r| (r.first_page, r.pages));
+    (!ours.eq(theirs)).then(|| "guest RAM is laid out differently here".to_owned())
+}
+
+/// Not enough memory for what the guest has touched.
+pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let available_kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    let needed_kib = plan.touched_pages.saturating_mul(PAGE_SIZE / 1024);
+    (needed_kib > available_kib).then(|| {
+        format!(
+            "the guest uses {} MiB of memory, this host has {} MiB left",
+            needed_kib >> 10,
+            available_kib >> 10
+        )
+    })
+}
+
+fn one_line<E: std::error::Error>(error: E) -> Vec<String> {
+    vec![chain(&error)]
+}

@@ -1,0 +1,267 @@
+//! The source's guest: live, and halted.
+
+use std::time::Instant;
+
+use vmm_migration::guest::{Example, Failed, GuestError, Halted, Live, Locks, Memory};
+use vmm_migration::pages::{PageSet, Run};
+use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, Space};
+use vmm_migration::report::micros;
+use vmm_migration::state::Section;
+
+use super::tracking;
+use crate::backend::disk::Fingerprint;
+use crate::machine::{Core, Machine};
+use crate::memory::PAGE_SIZE;
+use crate::vm::Vm;
+
+/// A guest that may leave: running, or paused by its user.
+pub struct LiveGuest {
+    /// None only while a method has it at rest.
+    vm: Option<Vm>,
+    /// The longest stop since somebody asked, in microseconds.
+    stall_us: u64,
+}
+
+const HERE: &str = "the guest is back before the method returns";
+
+impl LiveGuest {
+    /// The VM as a guest that may leave.
+    #[must_use]
+    pub fn new(vm: Vm) -> Self {
+        Self { vm: Some(vm), stall_us: 0 }
+    }
+
+    /// The VM again.
+    #[must_use]
+    pub fn into_vm(self) -> Vm {
+        self.vm.expect(HERE)
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        self.vm.as_ref().expect(HERE).core()
+    }
+}
+
+impl Memory for LiveGuest {
+    fn dirty_pages(&mut self, into: &mut PageSet) -> Result<(), GuestError> {
+        let core = self.core();
+        tracking::written(&core.vm, &core.memory, into)
+    }
+
+    fn read(&mut self, run: Run, bytes: &mut [u8]) -> Result<(), GuestError> {
+        tracking::read(&self.core().memory, run, bytes)
+    }
+}
+
+impl Live for LiveGuest {
+    type Halted = HaltedGuest;
+
+    fn plan(&mut self) -> Result<Plan, GuestError> {
+        plan(self.core(), matches!(self.vm, Some(Vm::Paused(_))))
+    }
+
+    fn example(&mut self) -> Result<Example, GuestError> {
+        let start = Instant::now();
+        let (mut machine, paused) = match self.vm.take().expect(HERE) {
+            Vm::Paused(machine) => (machine, true),
+            Vm::Running(running) => (running.stop(), false),
+        };
+        let stopped = start.elapsed();
+        // Saved twice: the save that counts will not be the first either, so the second is timed.
+        let saved = machine.save().and_then(|_| {
+            let start = Instant::now();
+            machine.save().map(|sections| (sections, start.elapsed()))
+        });
+        let vm = if paused { Ok(Vm::Paused(machine)) } else { start_again(machine) };
+        self.stall_us = self.stall_us.max(micros(start.elapsed()));
+        match vm {
+            Ok(vm) => self.vm = Some(vm),
+            Err((machine, error)) => {
+                self.vm = Some(Vm::Paused(machine));
+                return Err(error);
+            }
+        }
+        let (sections, save) = saved?;
+        Ok(Example { sections, stop_us: micros(stopped + save) })
+    }
+
+    fn start_tracking(&mut self) -> Result<(), GuestError> {
+        let core = self.core();
+        tracking::start(&core.vm, &core.memory)
+    }
+
+    fn first_pages(&mut self, window: Run, into: &mut PageSet) -> Result<(), GuestError> {
+        let core = self.core();
+        tracking::first_pages(&core.vm, &core.memory, window, into)
+    }
+
+    fn rearm(&mut self, runs: &[Run]) -> Result<(), GuestError> {
+        let core = self.core();
+        tracking::rearm(&core.vm, &core.memory, runs)
+    }
+
+    fn throttle(&mut self, percent: &[u8]) -> Result<(), GuestError> {
+        match self.vm.as_mut().expect(HERE) {
+            Vm::Running(running) => Ok(running.throttle(percent)?),
+            Vm::Paused(_) => Ok(()),
+        }
+    }
+
+    fn stall_us(&mut self) -> Option<u64> {
+        Some(std::mem::take(&mut self.stall_us))
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Err(e) = self.throttle(&[]) {
+            tracing::warn!("the throttle can't be lifted: {e}");
+        }
+        let core = self.core();
+        tracking::stop(&core.vm, &core.memory);
+    }
+
+    fn stop(self) -> Result<HaltedGuest, Failed<Self>> {
+        let (machine, paused) = match self.into_vm() {
+            Vm::Paused(machine) => (machine, true),
+            Vm::Running(running) => (running.stop(), false),
+        };
+        Ok(HaltedGuest { machine, paused, released: Vec::new() })
+    }
+}
+
+fn start_again(machine: Machine) -> Result<Vm, (Machine, GuestError)> {
+    match machine.start() {
+        Ok(running) => Ok(Vm::Running(running)),
+        Err(failed) => {
+            let (machine, error) = *failed;
+            Err((machine, error.into()))
+        }
+    }
+}
+
+/// A guest that stands, whole, with its disks' locks or without.
+pub struct HaltedGuest {
+    machine: Machine,
+    paused: bool,
+    /// Of each writable disk whose lock was released: what it looked like then.
+    released: Vec<Option<Fingerprint>>,
+}
+
+impl HaltedGuest {
+    /// The machine, at rest.
+    pub(crate) fn core(&self) -> &Core {
+        &self.machine.core
+    }
+
+    /// The VM at rest, for its user to resume.
+    #[must_use]
+    pub fn into_vm(self) -> Vm {
+        Vm::Paused(self.machine)
+    }
+}
+
+impl Memory for HaltedGuest {
+    fn dirty_pages(&mut self, into: &mut PageSet) -> Result<(), GuestError> {
+        tracking::written(&self.machine.core.vm, &self.machine.core.memory, into)
+    }
+
+    fn read(&mut self, run: Run, bytes: &mut [u8]) -> Result<(), GuestError> {
+        tracking::read(&self.machine.core.memory, run, bytes)
+    }
+}
+
+impl Halted for HaltedGuest {
+    type Live = LiveGuest;
+
+    fn sections(&mut self) -> Result<Vec<Section>, GuestError> {
+        Ok(self.machine.save()?)
+    }
+
+    fn paused(&self) -> bool {
+        self.paused
+    }
+
+    fn release_disks(&mut self) -> Result<(), GuestError> {
+        self.released.clear();
+        for disk in &self.machine.core.platform.disks {
+            disk.flush()?;
+            let fingerprint = if disk.is_writable() { Some(disk.fingerprint()?) } else { None };
+            self.released.push(fingerprint);
+            disk.release_lock()?;
+        }
+        Ok(())
+    }
+
+    fn retake_disks(&mut self) -> Result<Locks, GuestError> {
+        let disks = &self.machine.core.platform.disks;
+        let release = || {
+            for disk in disks {
+                // Not having the lock is no error; the worst is a lock that this process keeps.
+                let _ = disk.release_lock();
+            }
+        };
+        for (i, disk) in disks.iter().enumerate() {
+            if disk.take_lock().is_err() {
+                release();
+                return Ok(Locks::Held);
+            }
+            if let Some(Some(before)) = self.released.get(i)
+                && disk.fingerprint()? != *before
+            {
+                release();
+                return Ok(Locks::Changed);
+            }
+        }
+        Ok(Locks::Taken)
+    }
+
+    fn trust_disks(&mut self) {
+        self.released.clear();
+    }
+
+    fn resume(self) -> Result<LiveGuest, Failed<Self>> {
+        let Self { machine, paused, released } = self;
+        tracking::stop(&machine.core.vm, &machine.core.memory);
+        if paused {
+            return Ok(LiveGuest::new(Vm::Paused(machine)));
+        }
+        match start_again(machine) {
+            Ok(vm) => Ok(LiveGuest::new(vm)),
+            Err((machine, error)) => {
+                Err(Failed { guest: Self { machine, paused, released }, error })
+            }
+        }
+    }
+}
+
+/// What the guest needs of its next host.
+fn plan(core: &Core, paused: bool) -> Result<Plan, GuestError> {
+    let config = &core.config;
+    let regions = core.memory.slots().iter();
+    let regions = regions
+        .map(|s| Region { first_page: s.start / PAGE_SIZE, pages: s.len / PAGE_SIZE })
+        .collect();
+    let disks = config.disks.iter().zip(&core.platform.disks).map(|(disk, handle)| {
+        Ok(DiskNeed {
+            id: disk.id.clone(),
+            path: handle.path().display().to_string(),
+            bytes: handle.len()?,
+            read_only: disk.readonly,
+        })
+    });
+    let nets = config.nets.iter().zip(&core.platform.taps).map(|(net, (_, announcer))| NetNeed {
+        id: net.id.clone(),
+        tap: net.tap.clone(),
+        mac: announcer.mac(),
+    });
+    Ok(Plan {
+        name: config.name.clone(),
+        paused,
+        config: serde_json::to_vec(config)?,
+        spaces: vec![Space { id: SPACE_RAM, regions }],
+        touched_pages: tracking::touched_pages(&core.memory)?,
+        sections: core.parts.clone(),
+        cpu: core.needs.clone(),
+        disks: disks.collect::<Result<_, GuestError>>()?,
+        nets: nets.collect(),
+    })
+}

@@ -1,0 +1,20 @@
+//! Migration at this end: the machine behind `vmm_migration`'s traits, and what carries the stream.
+//!
+//! - [`uri`], [`link`]: where the stream goes and how its bytes get there;
+//! - [`tracking`]: which pages of guest RAM were touched and written;
+//! - [`cpu`]: what a guest's vCPUs need of a host;
+//! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
+//! - [`arriving`]: the destination's guest; [`incoming`] drives it; [`verdicts`]: what is told a source in doubt;
+//! - [`snapshotting`], [`restoring`]: a guest into a directory, and out of it.
+
+pub mod arriving;
+pub mod cpu;
+pub mod incoming;
+pub mod leaving;
+pub mod link;
+pub mod outgoing;
+pub mod restoring;
+pub mod snapshotting;
+pub mod tracking;
+pub mod uri;
+pub mod verdicts;

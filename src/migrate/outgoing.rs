@@ -1,0 +1,211 @@
+//! The source: drives a VM's move to another host, and finds out who has it where that is in doubt.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vmm_migration::plan::MigrationId;
+use vmm_migration::policy::{self, Limits};
+use vmm_migration::report::{Forecast, Observer, Report};
+use vmm_migration::source::{
+    self, Aborted, Commitment, Deadlines, Decision, InDoubt, Options, Place, Source,
+};
+
+use super::leaving::{HaltedGuest, LiveGuest};
+use super::link;
+use super::uri::Uri;
+use crate::chain::chain;
+use crate::config::Config;
+use crate::event::{MigrateRequest, OnTimeout};
+use crate::vm::Vm;
+
+/// This program, as the other end reads it.
+#[must_use]
+pub fn software() -> String {
+    format!("vmm {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// What came of an attempt to move a VM, as far as is known.
+pub enum Departure {
+    /// The guest runs at the destination. What is left here is to be dropped.
+    Moved {
+        /// The machine that it left.
+        left: Box<HaltedGuest>,
+        /// How it went.
+        report: Report,
+    },
+    /// The guest goes on here.
+    Stayed {
+        /// The VM.
+        vm: Vm,
+        /// Why; what was forecast for a dry run.
+        outcome: Result<(Forecast, Report), (String, Option<Report>)>,
+    },
+    /// Nobody knows yet who has the guest, or it can't go on here yet. It stands, whole.
+    Pending(Pending),
+}
+
+/// A guest that stands until somebody knows more.
+pub enum Pending {
+    /// `Commit` was written, and no answer read.
+    InDoubt(Box<InDoubt<LiveGuest>>),
+    /// It is this side's, but can't go on: its disks are in other hands, say.
+    Stuck(Box<Aborted<LiveGuest>>, String),
+}
+
+/// Moves a VM, or only forecasts its move.
+pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) -> Departure {
+    let stayed = |vm, why| Departure::Stayed { vm, outcome: Err((why, None)) };
+    let channel = match link::connect(&request.uri) {
+        Ok(channel) => channel,
+        Err(e) => return stayed(vm, chain(&e)),
+    };
+    let options = match options(request) {
+        Ok(options) => options,
+        Err(e) => return stayed(vm, chain(&e)),
+    };
+    let guest = LiveGuest::new(vm);
+    if !request.dry_run {
+        return match source::migrate(channel, options, guest, observer) {
+            Ok(commitment) => settle(commitment),
+            Err(failed) => stayed(failed.0.into_vm(), failed.1.line()),
+        };
+    }
+    let source = match Source::connect(channel, options, observer) {
+        Ok(source) => source,
+        Err(e) => return stayed(guest.into_vm(), e.line()),
+    };
+    match source.reserve(guest, observer).and_then(|source| source.forecast(observer)) {
+        Ok((guest, forecast, report)) => {
+            Departure::Stayed { vm: guest.into_vm(), outcome: Ok((forecast, report)) }
+        }
+        Err(aborted) => resume(*aborted),
+    }
+}
+
+fn options(request: &MigrateRequest) -> Result<Options, rustix::io::Errno> {
+    let mut id = [0; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    let on_timeout = match request.on_timeout {
+        OnTimeout::Abort => policy::OnTimeout::Abort,
+        OnTimeout::StopAndCopy => policy::OnTimeout::StopAndCopy,
+        OnTimeout::Throttle => policy::OnTimeout::Throttle,
+    };
+    let limits = Limits {
+        downtime: Duration::from_millis(request.downtime_limit_ms),
+        timeout: Duration::from_millis(request.timeout_ms),
+        on_timeout,
+    };
+    Ok(Options {
+        id: MigrationId(id),
+        software: software(),
+        limits,
+        bandwidth: request.bandwidth_bits_per_s.map(|bits| bits / 8),
+        deadlines: Deadlines::default(),
+        dry_run: request.dry_run,
+    })
+}
+
+fn settle(commitment: Commitment<LiveGuest>) -> Departure {
+    match commitment {
+        Commitment::Moved(moved) => {
+            Departure::Moved { left: Box::new(moved.guest), report: moved.report }
+        }
+        Commitment::Refused(aborted) => resume(*aborted),
+        Commitment::InDoubt(doubt) => Departure::Pending(Pending::InDoubt(doubt)),
+    }
+}
+
+fn resume(aborted: Aborted<LiveGuest>) -> Departure {
+    match aborted.resume() {
+        Ok(stayed) => Departure::Stayed {
+            vm: stayed.guest.into_vm(),
+            outcome: Err((stayed.error.line(), Some(stayed.report))),
+        },
+        Err(stuck) => {
+            let (aborted, why) = *stuck;
+            let why = format!("{}; and {}", aborted.error.line(), chain(&why));
+            Departure::Pending(Pending::Stuck(Box::new(aborted), why))
+        }
+    }
+}
+
+impl Pending {
+    /// Tries to find out: asks the destination, then the disks' locks; or tries to go on.
+    #[must_use]
+    pub fn retry(self, uri: &Uri, observer: &mut dyn Observer) -> Departure {
+        match self {
+            Self::Stuck(aborted, _) => resume(*aborted),
+            Self::InDoubt(mut doubt) => {
+                if let Ok(channel) = link::connect(uri) {
+                    match doubt.ask(channel, observer) {
+                        Commitment::InDoubt(still) => doubt = still,
+                        known => return settle(known),
+                    }
+                }
+                settle(doubt.try_locks())
+            }
+        }
+    }
+
+    /// Does as the operator says.
+    #[must_use]
+    pub fn decide(self, decision: Decision) -> Departure {
+        match (self, decision) {
+            (Self::InDoubt(doubt), decision) => settle(doubt.decide(decision)),
+            (Self::Stuck(mut aborted, _), Decision::Resume) => {
+                aborted.trust_disks();
+                resume(*aborted)
+            }
+            (Self::Stuck(aborted, why), Decision::Discard) => {
+                let Aborted { guest, error, report } = *aborted;
+                match guest {
+                    Place::Halted { guest, .. } => {
+                        Departure::Moved { left: Box::new(guest), report }
+                    }
+                    // A guest that never stopped is not stuck.
+                    guest @ Place::Live(_) => {
+                        let aborted = Aborted { guest, error, report };
+                        Departure::Pending(Self::Stuck(Box::new(aborted), why))
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is known, on one line.
+    #[must_use]
+    pub fn explain(&self) -> String {
+        match self {
+            Self::InDoubt(doubt) => format!(
+                "in doubt: the destination was told to run the guest (migration {}) and has not \
+                 answered ({}); the guest stands here until it does{}. If you know better: vmm migrate \
+                 --resolve resume|discard VM",
+                doubt.id(),
+                doubt.error.line(),
+                if doubt.locks_can_tell() { " or its disks' locks are free" } else { "" }
+            ),
+            Self::Stuck(_, why) => format!(
+                "the guest is here and can't go on yet: {why}. vmm migrate --resolve resume|discard VM"
+            ),
+        }
+    }
+
+    /// What the VM was built from.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        let core = match self {
+            Self::InDoubt(doubt) => doubt.guest().core(),
+            Self::Stuck(aborted, _) => match &aborted.guest {
+                Place::Halted { guest, .. } => guest.core(),
+                Place::Live(guest) => guest.core(),
+            },
+        };
+        &core.config
+    }
+}
+
+/// A report as JSON: `docs` are those of [`Report`]'s fields.
+#[must_use]
+pub fn report_json(report: &Report) -> Value {
+    serde_json::to_value(report).unwrap_or_else(|e| json!({ "error": e.to_string() }))
+}

@@ -1,0 +1,188 @@
+//! The table of a machine's devices: which there are, at which address and interrupt line, over which
+//! backend. Wires them to KVM and to the I/O thread.
+
+use std::io;
+use std::sync::mpsc::Sender;
+
+use event_manager::RemoteEndpoint;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_devices::GuestRam;
+use vmm_devices::bus::{Overlap, SlotId};
+use vmm_devices::power::{self, Power, PowerRequest, PowerSink};
+use vmm_devices::reset::{self, ResetLine};
+use vmm_devices::serial::{self, Serial};
+use vmm_devices::virtio::VirtioDevice;
+use vmm_devices::virtio::announce::Announcer;
+use vmm_devices::virtio::block::Block;
+use vmm_devices::virtio::mmio::{MMIO_LEN, VirtioMmio, register};
+use vmm_devices::virtio::net::Net;
+use vmm_devices::virtio::rng::Rng;
+use vmm_devices::virtio::worker::IoTask;
+
+use crate::arch::{layout, tables};
+use crate::backend::disk::{Disk, DiskError, DiskHandle, DiskOptions, Locking};
+use crate::backend::tap::{Tap, TapError, TapHandle};
+use crate::config::{Config, DiskConfig, NetConfig};
+use crate::console::Console;
+use crate::event::{Event, GuestExit};
+use crate::irq::IrqFd;
+use crate::vcpu::Buses;
+
+/// Why a device could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum PlatformError {
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A TAP.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// More devices than there are interrupt lines.
+    #[error("too many devices: a machine has at most {0} disks and network interfaces")]
+    TooMany(u32),
+    /// KVM or the kernel refused something that the device needs.
+    #[error("device {device}: can't be wired to KVM")]
+    Wire {
+        /// Which one.
+        device: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Two devices claim an address: the table is wrong.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+}
+
+/// What the machine keeps of its devices besides the buses.
+pub struct Platform {
+    /// MMIO base and GSI of each virtio device.
+    virtio: Vec<(u64, u32)>,
+    /// Where the serial port stands on the port bus.
+    pub(crate) serial: SlotId,
+    /// Where the power device stands on the port bus.
+    pub(crate) power: SlotId,
+    /// The disks' locks.
+    pub(crate) disks: Vec<DiskHandle>,
+    /// The TAPs, each with the announcer of the device on it.
+    pub(crate) taps: Vec<(TapHandle, Announcer)>,
+}
+
+impl Platform {
+    /// What the ACPI tables tell the guest.
+    pub(crate) fn description(&self, cpus: u32) -> tables::Description<'_> {
+        let vmgenid_address = Some(layout::VMGENID_PAGE.0);
+        tables::Description { cpus, virtio: &self.virtio, vmgenid_address }
+    }
+}
+
+/// Builds the devices of `config`, each in its state after power-on.
+pub(crate) fn build(
+    config: &Config,
+    vm: &VmFd,
+    ram: &GuestRam,
+    io: &RemoteEndpoint<IoTask>,
+    console: &Console,
+    events: &Sender<Event>,
+    locking: Locking,
+) -> Result<(Buses, Platform), PlatformError> {
+    let mut buses = Buses::default();
+    let serial = add_serial(&mut buses, vm, console)?;
+    let power = add_power(&mut buses, vm, events)?;
+    let mut builder = Builder { vm, ram, io, locking, buses, virtio: Vec::new() };
+    builder.add("rng".to_owned(), Box::new(Rng::default()))?;
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        disks.push(builder.add_disk(disk)?);
+    }
+    let mut taps = Vec::new();
+    for net in &config.nets {
+        taps.push(builder.add_net(net)?);
+    }
+    let Builder { buses, virtio, .. } = builder;
+    Ok((buses, Platform { virtio, serial, power, disks, taps }))
+}
+
+fn add_serial(buses: &mut Buses, vm: &VmFd, console: &Console) -> Result<SlotId, PlatformError> {
+    let line = IrqFd::new(vm, layout::SERIAL_GSI).map_err(wire("serial"))?;
+    let start = u64::from(layout::SERIAL_PORT);
+    let device = Serial::new(line, console.wire());
+    Ok(buses.pio.insert(start..start + serial::SIZE, Box::new(device))?)
+}
+
+fn add_power(
+    buses: &mut Buses,
+    vm: &VmFd,
+    events: &Sender<Event>,
+) -> Result<SlotId, PlatformError> {
+    let sink = || -> PowerSink {
+        let events = events.clone();
+        Box::new(move |request| {
+            let exit = match request {
+                PowerRequest::Off => GuestExit::PowerOff,
+                PowerRequest::Reset => GuestExit::Reset,
+            };
+            // Nobody listens any more when the VMM is on its way out.
+            let _ = events.send(Event::Guest(exit));
+        })
+    };
+    let line = IrqFd::new(vm, layout::GED_GSI).map_err(wire("power"))?;
+    let start = u64::from(layout::POWER_PORT);
+    let slot = buses.pio.insert(start..start + power::SIZE, Box::new(Power::new(line, sink())))?;
+    let start = u64::from(layout::RESET_PORT);
+    buses.pio.insert(start..start + reset::SIZE, Box::new(ResetLine::new(sink())))?;
+    Ok(slot)
+}
+
+struct Builder<'a> {
+    vm: &'a VmFd,
+    ram: &'a GuestRam,
+    io: &'a RemoteEndpoint<IoTask>,
+    locking: Locking,
+    buses: Buses,
+    virtio: Vec<(u64, u32)>,
+}
+
+impl Builder<'_> {
+    fn add_disk(&mut self, disk: &DiskConfig) -> Result<DiskHandle, PlatformError> {
+        let options =
+            DiskOptions { path: disk.path.clone(), read_only: disk.readonly, direct: disk.direct };
+        let (backend, handle) = Disk::open(&options, self.locking)?;
+        let device = Block::new(&disk.id, disk.serial.as_deref(), Box::new(backend));
+        self.add(disk.id.clone(), Box::new(device))?;
+        Ok(handle)
+    }
+
+    fn add_net(&mut self, net: &NetConfig) -> Result<(TapHandle, Announcer), PlatformError> {
+        let (backend, handle) = Tap::open(&net.tap)?;
+        let device = Net::new(&net.id, net.mac.0, net.mtu, Box::new(backend));
+        let announcer = device.announcer();
+        self.add(net.id.clone(), Box::new(device))?;
+        Ok((handle, announcer))
+    }
+
+    /// Puts a virtio device into the next slot: its interrupt is an irqfd, each queue's notification
+    /// an ioeventfd.
+    fn add(&mut self, id: String, device: Box<dyn VirtioDevice>) -> Result<(), PlatformError> {
+        let too_many = || PlatformError::TooMany(layout::VIRTIO_SLOTS_MAX - 1);
+        let index = u32::try_from(self.virtio.len()).map_err(|_| too_many())?;
+        let base = layout::virtio_base(index).ok_or_else(too_many)?;
+        let gsi = layout::virtio_gsi(index).ok_or_else(too_many)?;
+        let line = IrqFd::new(self.vm, gsi).map_err(wire(&id))?;
+        let transport = VirtioMmio::new(device, self.ram.clone(), line, Box::new(self.io.clone()))
+            .map_err(wire(&id))?;
+        let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            self.vm
+                .register_ioevent(kick, &notify, queue)
+                .map_err(|e| wire(&id)(io::Error::from_raw_os_error(e.errno())))?;
+        }
+        self.buses.mmio.insert(base..base + MMIO_LEN, Box::new(transport))?;
+        self.virtio.push((base, gsi));
+        Ok(())
+    }
+}
+
+fn wire(device: &str) -> impl Fn(io::Error) -> PlatformError + '_ {
+    |source| PlatformError::Wire { device: device.to_owned(), source }
+}

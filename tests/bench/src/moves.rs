@@ -1,0 +1,157 @@
+//! Migration over TCP's loopback: total time, bytes, and the gap, by clocks that are not the VMM's own.
+//!
+//! The guest beats: a byte on its console each 5 ms, and by its CLOCK_MONOTONIC how late a beat is. From
+//! outside the gap is what lies between the last byte out of the source and the first out of the
+//! destination. QEMU's guests have a clock that stands still for a part of the stop, so that their own
+//! gap tells less than what passed; ours sees all of it.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::io::initramfs;
+use crate::peer::{Guest, Peer, qemu};
+use crate::process::{Watched, free_port, until_listening};
+use crate::qmp::Qmp;
+use crate::table::{Goal, Row, Table};
+use crate::{Result, Settings};
+
+const BEAT_MS: u32 = 5;
+/// What a guest dirties without pause, if it does.
+pub const DIRTY_MIB: u32 = 64;
+/// How long a guest beats before it moves, and after.
+const SETTLE: Duration = Duration::from_secs(2);
+/// What both may take when the guest dirties memory; QEMU's default.
+const DOWNTIME_LIMIT_MS: u32 = 300;
+
+const IDLE: &[Row] = &[
+    ("total", "total time", "ms", Goal::Share(0.5)),
+    ("outside", "gap between the consoles", "ms", Goal::Share(0.25)),
+    ("guest", "largest gap that the guest saw", "ms", Goal::Share(0.25)),
+    ("told", "downtime that the VMM tells", "ms", Goal::None),
+    ("bytes", "sent", "MiB", Goal::None),
+];
+const DIRTYING: &[Row] = &[
+    ("total", "total time", "ms", Goal::Share(1.0)),
+    ("outside", "gap between the consoles", "ms", Goal::Share(0.3)),
+    ("guest", "largest gap that the guest saw", "ms", Goal::Share(0.3)),
+    ("told", "downtime that the VMM tells", "ms", Goal::None),
+    ("bytes", "sent", "MiB", Goal::None),
+];
+
+/// What a VMM says of a move.
+struct Told {
+    /// When the command to move was given, and when it said that it is done.
+    start: Instant,
+    end: Instant,
+    downtime_ms: f64,
+    bytes: f64,
+}
+
+/// Measures all sizes, each with guests that dirty so much.
+///
+/// # Errors
+/// The guest can't be made.
+pub fn measure(settings: &Settings, dirty_mibs: &[u32]) -> Result<()> {
+    let initrd = initramfs()?;
+    let can = |peer: &&Peer| matches!(peer, Peer::Vmm | Peer::Qemu);
+    let peers: Vec<Peer> = settings.peers.iter().filter(can).copied().collect();
+    for mem_mib in &settings.move_mib {
+        for &dirty_mib in dirty_mibs {
+            let (rows, what) = match dirty_mib {
+                0 => (IDLE, "idle".to_owned()),
+                _ => (DIRTYING, format!("dirtying {dirty_mib} MiB without pause")),
+            };
+            let title = format!("Migration, TCP loopback: a stock guest of {mem_mib} MiB, {what}");
+            let mut table = Table::new(&title, rows, &peers);
+            let words = format!(" vmm.run=\"/bench guest beat {BEAT_MS} {dirty_mib}\"");
+            settings.each(&title, |peer| {
+                if peers.contains(&peer) {
+                    let guest = Guest::stock(*mem_mib, &initrd, &words);
+                    one(peer, guest, dirty_mib > 0, &mut table)?;
+                }
+                Ok(())
+            });
+            table.print();
+        }
+    }
+    Ok(())
+}
+
+/// Moves one guest.
+fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Result<()> {
+    let [source_socket, target_socket] = ["/tmp/bench.source", "/tmp/bench.target"];
+    for socket in [source_socket, target_socket] {
+        // Left by the one before.
+        let _ = std::fs::remove_file(socket);
+    }
+    guest.control = Some(source_socket.to_owned());
+    let mut source = Watched::spawn(&mut peer.boot(&guest)?)?;
+    source.wait_for("beats")?;
+    source.watch_for(SETTLE);
+    let port = free_port()?;
+    let uri = format!("tcp:127.0.0.1:{port}");
+    let mut target = match peer {
+        Peer::Qemu => {
+            guest.control = Some(target_socket.to_owned());
+            Watched::spawn(qemu(&guest).args(["-incoming", &uri]))?
+        }
+        _ => {
+            let mut command = Command::new("./vmm");
+            command.args(["migrate", "--listen", &uri, "--control", target_socket]);
+            Watched::spawn(&mut command)?
+        }
+    };
+    until_listening(port)?;
+    let told = match peer {
+        Peer::Qemu => move_qemu(source_socket, &uri)?,
+        _ => move_vmm(source_socket, &uri, dirtying)?,
+    };
+    target.wait_for("")?;
+    target.watch_for(SETTLE);
+    source.watch_for(Duration::from_millis(100));
+    let (left, came) = (source.last(), target.wait_for("")?);
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let outside = left.map_or(0.0, |left| ms(came.saturating_duration_since(left)));
+    let gaps = source.text_since(told.start) + &target.text();
+    let gaps = gaps.lines().filter_map(|line| line.strip_prefix("gap ")?.trim().parse().ok());
+    let largest_us: u32 = gaps.max().ok_or_else(|| format!("no gap: {}", target.text()))?;
+    table.note(peer, "total", ms(told.end - told.start));
+    table.note(peer, "outside", outside);
+    table.note(peer, "guest", f64::from(largest_us) / 1e3);
+    table.note(peer, "told", told.downtime_ms);
+    table.note(peer, "bytes", told.bytes / f64::from(1 << 20));
+    Ok(())
+}
+
+fn move_qemu(socket: &str, uri: &str) -> Result<Told> {
+    let mut qmp = Qmp::connect(socket)?;
+    qmp.enable(&["events"])?;
+    qmp.call("migrate-set-parameters", json!({"downtime-limit": DOWNTIME_LIMIT_MS}))?;
+    let start = Instant::now();
+    qmp.call("migrate", json!({"uri": uri}))?;
+    qmp.until_migrated()?;
+    let end = Instant::now();
+    let info = qmp.call("query-migrate", json!({}))?;
+    let number = |value: &Value| value.as_f64().ok_or_else(|| format!("query-migrate: {info}"));
+    let downtime_ms = number(&info["downtime"])?;
+    Ok(Told { start, end, downtime_ms, bytes: number(&info["ram"]["transferred"])? })
+}
+
+fn move_vmm(socket: &str, uri: &str, dirtying: bool) -> Result<Told> {
+    let mut command = Command::new("./vmm");
+    command.args(["migrate", "--connect", uri, "--json", socket]);
+    if dirtying {
+        command.args(["--downtime-limit", &format!("{DOWNTIME_LIMIT_MS}ms")]);
+    }
+    let mut client = Watched::spawn(&mut command)?;
+    let text = client.wait_for_end()?;
+    let end = client.last().ok_or("it told nothing")?;
+    let last = text.lines().last().unwrap_or_default();
+    let report: Value = serde_json::from_str(last)?;
+    eprintln!("bench:   {last}");
+    let number = |value: &Value| value.as_f64().ok_or_else(|| format!("report: {last}"));
+    let downtime_ms = number(&report["downtime"]["total_us"])? / 1e3;
+    Ok(Told { start: client.start, end, downtime_ms, bytes: number(&report["sent_bytes"])? })
+}

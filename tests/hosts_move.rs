@@ -1,0 +1,95 @@
+//! A stock guest moves from one host to another over a network: this file runs in both of two emulated
+//! hosts at once. Host 1 boots the guest and sends it off; host 2 takes it in and judges.
+
+#[path = "support/hosts.rs"]
+mod hosts;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+
+use hosts::{MIGRATION_PORT, TEST_PORT, console, env, finished, guest_file, until, vmm, wait_for};
+
+/// Host 1: boots a guest that counts, and moves it.
+fn source() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("console");
+    let count = "i=0; while :; do echo tick $i $(cut -d. -f1 /proc/uptime) $(date +%s); i=$((i+1)); \
+                 usleep 100000; done";
+    let (kernel, initrd) =
+        (guest_file("vmlinux-6.12-cloud"), guest_file("initramfs-6.12-cloud.cpio"));
+    let mut running = vmm(&["run", "--mem", "128M", "--name", "wanderer", "--kernel"])
+        .arg(kernel)
+        .arg("--initrd")
+        .arg(initrd)
+        .arg("--serial")
+        .arg(format!("file:{}", log.display()))
+        .args(["--cmdline", &format!("console=ttyS0 quiet panic=-1 vmm.run=\"{count}\"")])
+        .spawn()
+        .unwrap();
+    wait_for(&log, "tick 5 ", &mut running);
+    let uri = format!("tcp:{}:{MIGRATION_PORT}", env("PEER"));
+    let report = until("the destination never took the guest", || {
+        // Generous: a fifth of a second is little on two emulated CPUs.
+        let output = vmm(&["migrate", "--connect", &uri, "--downtime-limit", "2s", "--json"])
+            .arg("wanderer")
+            .output()
+            .unwrap();
+        if output.status.success() { Ok(output) } else { Err(finished(&output)) }
+    });
+    let last = String::from_utf8_lossy(&report.stdout).lines().last().unwrap().to_owned();
+    assert!(last.contains("\"outcome\":\"moved\""), "{last}");
+    let status = running.wait().unwrap();
+    assert!(status.success(), "vmm run at the source: {status}");
+    let mut stream = until("the other host's test", || {
+        TcpStream::connect((env("PEER"), TEST_PORT)).map_err(|e| e.to_string())
+    });
+    stream.write_all(&fs::read(&log).unwrap()).unwrap();
+}
+
+/// Host 2: takes the guest in, and holds both consoles together.
+fn destination() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("console");
+    let listener = TcpListener::bind(("0.0.0.0", TEST_PORT)).unwrap();
+    let mut running = vmm(&["migrate", "--listen", &format!("tcp:0.0.0.0:{MIGRATION_PORT}")])
+        .arg("--serial")
+        .arg(format!("file:{}", log.display()))
+        .spawn()
+        .unwrap();
+    let mut whole = String::new();
+    listener.accept().unwrap().0.read_to_string(&mut whole).unwrap();
+    until("ten more ticks", || match console(&log).matches("tick ").count() {
+        0..10 => Err(console(&log)),
+        _ => Ok(()),
+    });
+    let stopped = vmm(&["stop", "--force", "wanderer"]).output().unwrap();
+    assert!(stopped.status.success(), "{}", finished(&stopped));
+    assert!(running.wait().unwrap().success());
+    whole.push_str(&console(&log));
+    let (mut next, mut uptime, mut date) = (0, 0, 0);
+    let lines: Vec<_> = whole.split('\n').filter(|line| line.contains("tick")).collect();
+    // The last line may be cut off by the stop.
+    for line in &lines[..lines.len() - 1] {
+        let fields: Vec<u64> = line
+            .trim_end()
+            .strip_prefix("tick ")
+            .unwrap_or_else(|| panic!("a line came apart: {line:?} in {whole}"))
+            .split(' ')
+            .map(|field| field.parse().unwrap_or_else(|_| panic!("{line:?} in {whole}")))
+            .collect();
+        assert_eq!(fields[0], next, "a line was lost or doubled: {whole}");
+        assert!(fields[1] >= uptime && fields[2] >= date, "time went back: {line:?} in {whole}");
+        assert!(uptime == 0 || fields[1] - uptime < 60, "time jumped: {line:?} in {whole}");
+        (next, uptime, date) = (next + 1, fields[1], fields[2]);
+    }
+    assert!(next >= 15, "too few ticks: {whole}");
+}
+
+#[test]
+fn a_stock_guest_moves_to_another_host_over_tcp() {
+    match env("HOST").as_str() {
+        "1" => source(),
+        _ => destination(),
+    }
+}

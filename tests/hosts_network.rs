@@ -1,0 +1,186 @@
+//! A stock guest moves to another host, and its network follows: bridges that had learned where it was learn
+//! where it is, and its TCP connection goes on. This file runs in both of two emulated hosts at once: host 1
+//! has the server and boots the guest, host 2 takes the guest in.
+
+#[path = "support/linux.rs"]
+mod linux;
+#[path = "support/load.rs"]
+mod load;
+#[path = "support/net.rs"]
+mod net;
+#[path = "support/travel.rs"]
+mod travel;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use linux::{Guest, LONG};
+use load::Load;
+use net::ip;
+use travel::Trip;
+
+const NAME: &str = "a_connection_follows_its_guest_to_another_host";
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x2a];
+const SERVER: &str = "10.77.0.1:7001";
+const PORT: u16 = 4444;
+const DESTINATION: &str = "tcp:10.77.0.2:4444";
+/// Where the two tests talk to each other, a line of JSON at a time.
+const TALK: &str = "10.77.0.2:4445";
+
+/// The host's address moves from its Ethernet to a bridge, which has a TAP for the guest too.
+fn bridge(host: &str) {
+    // The modules are there; nothing loads them by itself.
+    for module in ["bridge", "sch_ingress", "cls_u32", "act_police"] {
+        let status = Command::new("modprobe").arg(module).status().unwrap();
+        assert!(status.success(), "modprobe {module}");
+    }
+    ip("address flush dev eth0");
+    ip("link add br0 type bridge");
+    ip("link set eth0 master br0");
+    ip("tuntap add tap0 mode tap");
+    ip("link set tap0 master br0 up");
+    ip(&format!("address add 10.77.0.{host}/24 dev br0"));
+    ip("link set br0 up");
+}
+
+/// The port of the bridge behind which it believes the guest to be, if it has learned that.
+fn learned() -> Option<&'static str> {
+    // Entries of 16 bytes: the address, the port's number, and what doesn't matter here.
+    let table = fs::read("/sys/class/net/br0/brforward").unwrap();
+    let number = table.chunks(16).find(|entry| entry[..6] == MAC)?[6];
+    let port = |name: &str| {
+        let text = fs::read_to_string(format!("/sys/class/net/{name}/brport/port_no")).unwrap();
+        u8::from_str_radix(text.trim().trim_start_matches("0x"), 16).unwrap()
+    };
+    Some(["eth0", "tap0"].into_iter().find(|name| port(name) == number).expect("a port"))
+}
+
+fn tc(args: &str) -> String {
+    let output =
+        Command::new("tc").args(args.split_whitespace()).output().expect("tc, of iproute2");
+    assert!(output.status.success(), "tc {args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Counts what comes from the guest over the Ethernet: RARP, and ARP by which it names itself.
+fn count_announcements() {
+    // Offsets from the end of the Ethernet header, whose source address is at -8; ARP's target at 24.
+    let from = "match u32 0x02000000 0xffffffff at -8 match u16 0x002a 0xffff at -4";
+    let count = "action police rate 1gbit burst 1mb conform-exceed pass";
+    tc("qdisc add dev eth0 ingress");
+    tc(&format!("filter add dev eth0 parent ffff: prio 1 protocol 0x8035 u32 {from} {count}"));
+    let itself = "match u32 0x0a4d0009 0xffffffff at 24";
+    tc(&format!(
+        "filter add dev eth0 parent ffff: prio 2 protocol arp u32 {from} {itself} {count}"
+    ));
+}
+
+/// How many of both came.
+fn announcements() -> Vec<u64> {
+    let shown = tc("-s filter show dev eth0 parent ffff:");
+    let counts = shown.lines().filter_map(|line| {
+        let (_, rest) = line.trim().strip_prefix("Sent ")?.split_once(" bytes ")?;
+        rest.split(' ').next()?.parse().ok()
+    });
+    let counts: Vec<u64> = counts.collect();
+    assert_eq!(counts.len(), 2, "{shown}");
+    counts
+}
+
+#[track_caller]
+fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = attempt() {
+            return value;
+        }
+        assert!(start.elapsed() < LONG, "not in {LONG:?}: {what}");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+fn say(stream: &mut TcpStream, word: &serde_json::Value) {
+    writeln!(stream, "{word}").unwrap();
+}
+
+#[track_caller]
+fn hear(reader: &mut impl BufRead) -> serde_json::Value {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    serde_json::from_str(&line)
+        .unwrap_or_else(|e| panic!("the other host's test says {line:?}: {e}"))
+}
+
+/// Host 1: the guest works with the server here, and leaves.
+fn source() {
+    bridge("1");
+    count_announcements();
+    let server = load::serve(TcpListener::bind(SERVER).unwrap());
+    let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, disk: false, server: Some(SERVER) };
+    let guest = Guest::new("6.1-cloud")
+        .mem("160M")
+        .option("--net", "tap=tap0,mac=02:00:00:00:00:2a")
+        .cmdline("vmm.ip=10.77.0.9/24")
+        .file("load", load::program())
+        .run(&load.script(NAME));
+    // Its first frames, which ask everyone where the server is, are to reach host 2 as well.
+    let mut talk = until("host 2 awaits the guest", || TcpStream::connect(TALK).ok());
+    let mut reader = BufReader::new(talk.try_clone().unwrap());
+    let mut trip = Trip::start(guest);
+    trip.clock();
+    assert_eq!(learned(), Some("tap0"));
+    assert_eq!(hear(&mut reader)["learned"], "eth0", "host 2 has never heard of the guest");
+    assert_eq!(announcements(), [0, 0]);
+    trip.type_line();
+    trip.hears();
+    let client = trip.start_move(DESTINATION, &["--downtime-limit", "3s"]);
+    trip.arrive(client, DESTINATION);
+    let counts = until("the guest is announced", || {
+        Some(announcements()).filter(|counts| !counts.contains(&0))
+    });
+    eprintln!("RARP and gratuitous ARP frames: {counts:?}");
+    assert_eq!(learned(), Some("eth0"));
+    say(&mut talk, &serde_json::json!({ "console": trip.console(), "typed": 1 }));
+    // The guest ends its connection there.
+    let served = server.join().unwrap();
+    let blocks = hear(&mut reader)["stream_blocks"].as_u64().unwrap();
+    assert_eq!(served, Ok(blocks));
+}
+
+/// Host 2: takes the guest in, and sees it to its end.
+fn destination() {
+    bridge("2");
+    let talk = TcpListener::bind(TALK).unwrap();
+    let mut trip = Trip::expect(PORT, &[]);
+    let (mut talk, _) = talk.accept().unwrap();
+    let mut reader = BufReader::new(talk.try_clone().unwrap());
+    // From its frames to everyone, as from those that flooded before: what is sent to the guest from
+    // there would go nowhere, were this not to change.
+    until("the guest was heard of", learned);
+    say(&mut talk, &serde_json::json!({ "learned": learned() }));
+    let word = hear(&mut reader);
+    assert_eq!(learned(), Some("tap0"));
+    trip.take_over(word["console"].as_str().unwrap().to_owned(), word["typed"].as_u64().unwrap());
+    trip.type_line();
+    trip.goes_on();
+    trip.hears();
+    // Words of the connection from after the move.
+    trip.clock();
+    let told = trip.finish();
+    say(&mut talk, &serde_json::json!({ "stream_blocks": told.number("stream_blocks") }));
+}
+
+#[test]
+fn a_connection_follows_its_guest_to_another_host() {
+    if let Some(load) = Load::told() {
+        return load::run(&load);
+    }
+    match std::env::var("HOST").expect("HOST: see tests/run").as_str() {
+        "1" => source(),
+        _ => destination(),
+    }
+}

@@ -1,0 +1,295 @@
+//! `vmm migrate` between real processes, with tiny guests on any KVM: over every kind of link, idle and
+//! dirtying, to and fro, paused, with a disk; and what it leaves alone when it only forecasts.
+
+mod support;
+
+use std::process::Command;
+
+use serde_json::json;
+use support::guests::Guest;
+use support::moves::{Count, EASY, until};
+use support::vm::{Place, Vm, binary, has_kvm};
+
+/// A count that goes on where it was, in what the source printed and then the destination.
+fn the_count_goes_on(mut source: Vm, (mut destination, uri): (Vm, String)) {
+    let mut count = Count::default();
+    count.check(&source.read_some(1000));
+    count.check(&source.move_to(&uri, &EASY));
+    let (status, stderr) = source.wait();
+    assert_eq!(status, Some(0));
+    assert!(stderr.starts_with(&format!("vmm: the guest moved to {uri} with a downtime of ")));
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    count.check(&destination.read_some(20_000));
+    assert!(!source.place.path("vm.sock").exists(), "the source's control socket is removed");
+    destination.tell(&["stop", "--force"]);
+    count.check(&destination.read_to_end());
+    let (status, stderr) = destination.wait();
+    assert_eq!(status, Some(0), "{stderr}");
+}
+
+#[test]
+fn over_a_unix_socket() {
+    if has_kvm() {
+        let destination = Vm::listen(&[]);
+        let socket = destination.0.place.path("move.sock");
+        the_count_goes_on(Vm::start(Guest::counter(), &[]), destination);
+        assert!(!socket.exists(), "the destination's socket is removed");
+    }
+}
+
+#[test]
+fn over_tcp() {
+    if has_kvm() {
+        the_count_goes_on(Vm::start(Guest::counter(), &["--cpus", "2"]), Vm::listen_tcp(&[]));
+    }
+}
+
+#[test]
+fn through_a_command() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::counter(), &[]);
+    let mut count = Count::default();
+    count.check(&source.read_some(1000));
+    let there = Place::new();
+    let (console, socket) = (there.path("console"), there.path("vm.sock"));
+    let uri = format!(
+        "exec:{} migrate --listen stdio --serial file:{} --control {}",
+        binary().display(),
+        console.display(),
+        socket.display()
+    );
+    let client = source.start_move(&uri, &["--json", EASY[0], EASY[1]]);
+    count.check(&source.read_to_end());
+    let answer = client.wait();
+    assert_eq!(answer.status, Some(0), "{answer:?}");
+    let report: serde_json::Value = serde_json::from_str(&answer.out).unwrap();
+    assert!(report["downtime"]["total_us"].as_u64() > Some(0), "{report}");
+    for line in answer.err.lines() {
+        let progress: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(progress["stage"].is_string(), "{line}");
+    }
+    until("prints there", || std::fs::metadata(&console).is_ok_and(|file| file.len() > 10_000));
+    assert!(there.tell(&["stop", "--force"]).status.success());
+    until("has ended there", || !socket.exists());
+    count.check(&std::fs::read(&console).unwrap());
+    assert_eq!(source.wait().0, Some(0));
+}
+
+#[test]
+fn one_listener_takes_guest_after_guest() {
+    if !has_kvm() {
+        return;
+    }
+    let consoles = Place::new();
+    let serial = format!("file:{}", consoles.path("{name}.log").display());
+    let (mut listener, uri) = Vm::keep(&["--serial", &serial]);
+    let sockets = listener.place.path("");
+    let there = |command: &[&str]| {
+        let mut client = Command::new(binary());
+        client.args(command).env("XDG_RUNTIME_DIR", &sockets);
+        client.output().unwrap()
+    };
+    // Both at the same time, each slow enough to be sure of that.
+    let names = [1, 2].map(|n| format!("keep-{}-{n}", std::process::id()));
+    let mut sources = names.each_ref().map(|name| {
+        let mut vm = Vm::start(Guest::counter(), &["--name", name]);
+        let mut count = Count::default();
+        count.check(&vm.read_some(1000));
+        (vm, count)
+    });
+    let slow = ["--bandwidth", "20M", EASY[0], EASY[1]];
+    let clients = sources.each_ref().map(|(vm, _)| vm.start_move(&uri, &slow));
+    for (((source, count), client), name) in sources.iter_mut().zip(clients).zip(&names) {
+        count.check(&source.read_to_end());
+        client.wait().check_moved();
+        assert_eq!(source.wait().0, Some(0));
+        let console = consoles.path(&format!("{name}.log"));
+        until("prints there", || std::fs::metadata(&console).is_ok_and(|f| f.len() > 10_000));
+    }
+    // They survive the listener.
+    listener.signal(rustix::process::Signal::INT);
+    until("no longer listens", || !listener.place.path("move.sock").exists());
+    for ((_, count), name) in sources.iter_mut().zip(&names) {
+        let stopped = there(&["stop", "--force", name]);
+        assert!(stopped.status.success(), "{stopped:?}");
+        until("has ended", || !there(&["info", name]).status.success());
+        count.check(&std::fs::read(consoles.path(&format!("{name}.log"))).unwrap());
+    }
+    let (status, err) = listener.wait();
+    assert_eq!(status, Some(0), "{err}");
+    assert!(names.iter().all(|name| err.contains(&format!("vmm: {name} is here\n"))), "{err}");
+}
+
+/// It checks its own memory, and prints a dot for each pass over it without a difference.
+fn check_dirtier(vm: &mut Vm) {
+    let dots = vm.read_some(20);
+    assert!(dots.iter().all(|c| *c == b'.'), "its memory changed: {dots:?}");
+}
+
+#[test]
+fn while_it_dirties_its_memory() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::dirtier(16, 0), &[]);
+    check_dirtier(&mut source);
+    let (mut destination, uri) = Vm::listen(&[]);
+    let options = ["--timeout", "1s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
+    let rest = source.move_to(&uri, &options);
+    assert!(rest.iter().all(|c| *c == b'.'), "{rest:?}");
+
+    check_dirtier(&mut destination);
+    // On it goes, slowed down until it converges.
+    let (mut third, uri) = Vm::listen(&[]);
+    let options = ["--timeout", "1s", "--on-timeout", "throttle", "--downtime-limit", "2s"];
+    let rest = destination.move_to(&uri, &options);
+    assert!(rest.iter().all(|c| *c == b'.'), "{rest:?}");
+
+    check_dirtier(&mut third);
+}
+
+#[test]
+fn ten_times_to_and_fro() {
+    if !has_kvm() {
+        return;
+    }
+    let mut count = Count::default();
+    let mut here = Vm::start(Guest::counter(), &["--name", "wanderer"]);
+    for turn in 0..10 {
+        let (there, uri) = if turn % 2 == 0 { Vm::listen(&[]) } else { Vm::listen_tcp(&[]) };
+        count.check(&here.read_some(1000));
+        count.check(&here.move_to(&uri, &EASY));
+        assert_eq!(here.wait().0, Some(0), "move {turn}");
+        here = there;
+    }
+    count.check(&here.read_some(10_000));
+    assert_eq!(here.info()["config"]["name"], "wanderer");
+}
+
+#[test]
+fn what_is_typed_arrives_once() {
+    if !has_kvm() {
+        return;
+    }
+    let mut here = Vm::start(Guest::echo(), &[]);
+    for word in [&b"here"[..], b"there", b"and back"] {
+        here.type_in(word);
+        assert_eq!(here.read_some(word.len()), word);
+        let (there, uri) = Vm::listen(&[]);
+        here.try_move(&uri, &EASY).check_moved();
+        assert_eq!(here.read_to_end(), b"");
+        here = there;
+    }
+    here.type_in(b"end\x04");
+    assert_eq!(here.read_to_end(), b"end");
+    assert_eq!(here.wait().0, Some(0), "a guest that powers off ends the destination's process");
+}
+
+/// The guest prints more than its console takes, and nobody reads until after the move has begun.
+#[test]
+fn a_console_that_is_read_late_loses_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::flood(4000, 0), &[]);
+    let mut text = source.read_some(1);
+    source.set_pipe_size(4096);
+    let (mut destination, uri) = Vm::listen(&[]);
+    let client = source.start_move(&uri, &EASY);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    text.extend(source.read_to_end());
+    client.wait().check_moved();
+    text.extend(destination.read_to_end());
+    let text = String::from_utf8(text).unwrap();
+    for (number, line) in text.lines().enumerate() {
+        assert_eq!(line, format!("{number:07x}"));
+    }
+    assert_eq!(text.len(), 8 * 4000);
+}
+
+#[test]
+fn paused_it_arrives_paused() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::counter(), &[]);
+    let mut count = Count::default();
+    count.check(&source.read_some(1000));
+    source.tell(&["pause"]);
+    let (mut destination, uri) = Vm::listen(&[]);
+    count.check(&source.move_to(&uri, &EASY));
+    assert_eq!(destination.info()["state"], "paused");
+    destination.tell(&["resume"]);
+    count.check(&destination.read_some(1000));
+}
+
+#[test]
+fn a_dry_run_moves_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::dirtier(8, 0), &[]);
+    check_dirtier(&mut source);
+    let (mut destination, uri) = Vm::listen(&[]);
+    let answer = source.try_move(&uri, &["--dry-run", "--bandwidth", "1M"]);
+    assert_eq!(answer.status, Some(0), "{answer:?}");
+    assert!(answer.out.starts_with("will not converge at this bandwidth"), "{answer:?}");
+    check_dirtier(&mut source);
+    assert_eq!(source.info()["state"], "running");
+    // The destination waits on, and takes the guest when it comes in earnest.
+    let answer = source.try_move(&uri, &["--dry-run", EASY[0], EASY[1]]);
+    assert!(answer.out.starts_with("it would converge: about "), "{answer:?}");
+    source.move_to(&uri, &EASY);
+    check_dirtier(&mut destination);
+}
+
+#[test]
+fn a_disk_has_one_owner_at_a_time() {
+    if !has_kvm() {
+        return;
+    }
+    let disks = Place::new();
+    let image = disks.path("image");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let option = format!("{},id=data", image.display());
+    let refused = |holder: &Vm| {
+        let place = Place::new();
+        let output = place.run(Guest::hello(), &["--disk", &option]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(&format!("pid {}", holder.info()["pid"])), "{stderr}");
+    };
+    let mut source = Vm::start(Guest::counter(), &["--disk", &option]);
+    source.wait_until_up();
+    refused(&source);
+    // By another name, at the destination.
+    let link = disks.path("link");
+    std::os::unix::fs::symlink(&image, &link).unwrap();
+    let there = format!("id=data,path={}", link.display());
+    let (destination, uri) = Vm::listen(&["--disk", &there]);
+    source.move_to(&uri, &EASY);
+    refused(&destination);
+    assert_eq!(destination.info()["config"]["disks"][0]["path"], json!(link));
+    drop(destination);
+    let output = Place::new().run(Guest::hello(), &["--disk", &option]).output().unwrap();
+    assert!(output.status.success(), "the lock outlives its holder: {output:?}");
+}
+
+#[test]
+fn a_vm_may_end_where_it_went() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Vm::start(Guest::button(), &[]);
+    source.wait_until_up();
+    let (mut destination, uri) = Vm::listen(&["--name", "other", "--serial", "null"]);
+    source.try_move(&uri, &EASY).check_moved();
+    assert_eq!(source.wait().0, Some(0));
+    assert_eq!(destination.info()["config"]["name"], "other");
+    destination.tell(&["stop"]);
+    assert_eq!(destination.wait().0, Some(0));
+    let gone = Command::new(binary()).args(["info", "other"]).output().unwrap();
+    assert_eq!(gone.status.code(), Some(1));
+}

@@ -1,0 +1,8 @@
+//! What the tests that run real machines share.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+pub mod guests;
+pub mod moves;
+pub mod pty;
+pub mod relay;
+pub mod vm;
