@@ -21,6 +21,11 @@ TOOLS=$VMM_BUILD/root
 TOOLS_LIB=$TOOLS/usr/lib/x86_64-linux-gnu
 # Debian's release whose packages are used, whatever release this machine runs.
 SUITE=bookworm
+# The QEMU that emulates hosts has a root of its own, from the release whose backports have a later one: up to
+# 10.0 a VMEXIT clears a bit of the emulated CPU's pending interrupts while another thread sets one, which is
+# then lost (the host sleeps for ever) or comes back (a guest or the host meets a triple fault).
+EMULATOR=$VMM_BUILD/emulator
+EMULATOR_SUITE=trixie
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() {
@@ -62,6 +67,13 @@ tool() {
     "$TOOLS_LIB/ld-linux-x86-64.so.2" --library-path "$TOOLS_LIB" --argv0 "$name" "$file" "$@"
 }
 
+# Prints, a word a line, the command that starts the QEMU that emulates hosts.
+emulator() {
+    local lib=$EMULATOR/usr/lib/x86_64-linux-gnu share=$EMULATOR/usr/share
+    printf '%s\n' "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$EMULATOR/usr/bin/qemu-system-x86_64" \
+        -L "$share/qemu" -L "$share/seabios"
+}
+
 # Prints the shared libraries (paths under $TOOLS_LIB) that the programs named need, loader included.
 libraries() {
     local f
@@ -83,11 +95,11 @@ _mirrors() {
         sed -n "s|^'\(.*\)/dists/\([^/]*\)/InRelease'.*|\1 \2|p"
 }
 
-# Writes the private apt's sources. Mirrors are this machine's own where it is a Debian one
-# ($1 = own), else Debian's default.
+# Writes the private apt's sources for the release $1. Mirrors are this machine's own where it is a Debian
+# one ($2 = own), else Debian's default.
 _sources() {
-    local main='' security='' keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-    if [ "$1" = own ]; then
+    local suite=$1 main='' security='' keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    if [ "$2" = own ]; then
         main=$(_mirrors | awk '$2 ~ /^(bookworm|trixie|forky|testing|sid)$/ { print $1; exit }')
         security=$(_mirrors | awk '$2 ~ /^(bookworm|trixie|forky)-security$/ { print $1; exit }')
     fi
@@ -95,14 +107,14 @@ _sources() {
     security=${security:-http://deb.debian.org/debian-security}
     [ -e "$keyring" ] || die "$keyring is missing: apt-get install debian-archive-keyring"
     printf "deb [arch=amd64 signed-by=$keyring] %s %s main\n" \
-        "$main" "$SUITE" "$main" "$SUITE-backports" "$security" "$SUITE-security" \
-        >"$VMM_BUILD/apt/sources.list"
+        "$main" "$suite" "$main" "$suite-backports" "$security" "$suite-security" \
+        >"$VMM_BUILD/apt/$suite/sources.list"
 }
 
-# Makes the private apt ready and its lists fresh (once per process).
+# Makes the private apt for the release $1 ready and its lists fresh (once, unless another's come between).
 apt_ready() {
-    local dir=$VMM_BUILD/apt
-    [ "${_apt_is_ready:-}" = yes ] && return 0
+    local suite=$1 dir=$VMM_BUILD/apt/$1
+    [ "${_apt_is_ready:-}" = "$suite" ] && return 0
     mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial" "$dir/none"
     : >"$dir/status"
     cat >"$dir/apt.conf" <<-EOF
@@ -121,34 +133,34 @@ apt_ready() {
     export APT_CONFIG=$dir/apt.conf
     local which
     for which in own default; do
-        APT_CONFIG='' _sources "$which"
+        APT_CONFIG='' _sources "$suite" "$which"
         if apt-get -qq update -o APT::Update::Error-Mode=any; then
-            _apt_is_ready=yes
+            _apt_is_ready=$suite
             return 0
         fi
     done
     die "no package lists: is a Debian mirror reachable? (sources tried: $dir/sources.list)"
 }
 
-# Downloads the packages named ($2...) with all that they need, from $SUITE-backports where it has
-# them, and unpacks them into the directory $1. Maintainer scripts are not run.
+# Downloads the packages named ($3...) of the release $2 with all that they need, from its backports where
+# they have them, and unpacks them into the directory $1. Maintainer scripts are not run.
 unpack_packages() {
-    local root=$1 deb part
-    shift
-    apt_ready
-    rm -rf "$VMM_BUILD"/apt/cache/archives/*.deb "$root.new"
-    apt-get -qq -y --no-install-recommends --download-only -t "$SUITE-backports" install "$@" >/dev/null
+    local root=$1 suite=$2 deb part archives=$VMM_BUILD/apt/$2/cache/archives
+    shift 2
+    apt_ready "$suite"
+    rm -rf "$archives"/*.deb "$root.new"
+    apt-get -qq -y --no-install-recommends --download-only -t "$suite-backports" install "$@" >/dev/null
     # Debian's merged /usr, as the packages expect it.
     for part in bin sbin lib lib64; do
         mkdir -p "$root.new/usr/$part"
         ln -s "usr/$part" "$root.new/$part"
     done
-    for deb in "$VMM_BUILD"/apt/cache/archives/*.deb; do
+    for deb in "$archives"/*.deb; do
         dpkg-deb --fsys-tarfile "$deb" |
             tar -x --keep-directory-symlink --no-same-owner --exclude='./usr/share/doc*' \
                 --exclude='./usr/share/man*' --exclude='./usr/share/locale*' -C "$root.new"
     done
-    rm -f "$VMM_BUILD"/apt/cache/archives/*.deb
+    rm -f "$archives"/*.deb
     rm -rf "$root"
     mv "$root.new" "$root"
 }
