@@ -12,6 +12,7 @@ use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 
@@ -118,5 +119,20 @@ impl ThreadId {
         // SAFETY: the thread is not joined yet (see `of`), so its pthread_t is valid, even if the thread
         // has ended; the signal's handler is installed before any vCPU thread starts.
         unsafe { libc::pthread_kill(self.0, signal()) };
+    }
+
+    /// The processor time that it has used, guest included. `None` if it has ended.
+    #[must_use]
+    pub fn cpu_time(self) -> Option<Duration> {
+        let mut clock = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the thread is not joined yet (see `of`); both calls write to live variables of ours.
+        let told = unsafe {
+            libc::pthread_getcpuclockid(self.0, &raw mut clock) == 0
+                && libc::clock_gettime(clock, &raw mut time) == 0
+        };
+        let (seconds, nanos) =
+            (u64::try_from(time.tv_sec).ok()?, u32::try_from(time.tv_nsec).ok()?);
+        told.then(|| Duration::new(seconds, nanos))
     }
 }

@@ -22,6 +22,7 @@ pub mod moving;
 pub mod platform;
 pub mod running;
 pub mod signals;
+pub mod stats;
 pub mod throttle;
 pub mod vcpu;
 pub mod vm;

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vmm_devices::power::Power;
 use vmm_devices::serial::Serial;
@@ -129,6 +130,11 @@ impl Running {
             self.ticker = Some(Ticker::start(self.threads.iter().map(name).collect())?);
         }
         Ok(())
+    }
+
+    /// The processor time that each vCPU's thread has used, where it is known.
+    pub fn vcpu_times(&self) -> impl Iterator<Item = Option<Duration>> {
+        self.threads.iter().map(|vcpu| kick::ThreadId::of(&vcpu.thread).cpu_time())
     }
 
     /// Presses the guest's power button.

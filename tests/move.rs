@@ -5,7 +5,7 @@ mod support;
 
 use std::process::Command;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use support::guests::Guest;
 use support::moves::{Count, EASY, until};
 use support::vm::{Place, Vm, binary, has_kvm};
@@ -148,6 +148,69 @@ fn while_it_dirties_its_memory() {
     assert!(rest.iter().all(|c| *c == b'.'), "{rest:?}");
 
     check_dirtier(&mut third);
+}
+
+/// A guest of which vCPU 0 dirties 16 MiB over and over, and vCPU 1 sleeps.
+fn lopsided() -> Vm {
+    let mut vm = Vm::start(Guest::dirtier(16, 100), &["--cpus", "2"]);
+    check_dirtier(&mut vm);
+    vm
+}
+/// A third of a second for these, in which a vCPU that a busy host keeps waiting dirties most of them too.
+const THIN: [&str; 6] = ["--bandwidth", "400M", "--timeout", "4s", "--on-timeout", "throttle"];
+
+/// Nothing slows it down: the thread that does is gone.
+fn check_unthrottled(vm: &Vm) {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.info()["pid"])).unwrap();
+    for task in tasks {
+        let name = std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap_or_default();
+        assert_ne!(name, "throttle\n");
+    }
+}
+
+#[test]
+fn the_vcpu_that_dirties_is_throttled() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = lopsided();
+    let (mut destination, uri) = Vm::listen(&[]);
+    let options = [&THIN[..], &["--json", "--downtime-limit", "200ms"]].concat();
+    let answer = source.try_move(&uri, &options);
+    assert_eq!(answer.status, Some(0), "{answer:?}");
+    assert!(source.read_to_end().iter().all(|c| *c == b'.'));
+    let report: Value = serde_json::from_str(&answer.out).unwrap();
+    let list = |round: &Value, field: &str| -> Vec<u64> {
+        round[field].as_array().unwrap().iter().map(|number| number.as_u64().unwrap()).collect()
+    };
+    let rounds = report["rounds"].as_array().unwrap();
+    let (_, pre_copy) = rounds.split_last().unwrap();
+    for round in pre_copy {
+        let (all, pages) = (round["dirty_pages"].as_u64().unwrap(), list(round, "dirty_by_vcpu"));
+        assert!(pages.len() == 2 && pages[0] >= 9 * pages[1] && pages[0] <= all, "{round}");
+    }
+    let throttles = pre_copy.iter().map(|round| list(round, "throttle_percent"));
+    let throttles: Vec<_> = throttles.filter(|percent| !percent.is_empty()).collect();
+    assert!(!throttles.is_empty(), "{report}");
+    assert!(throttles.iter().all(|percent| percent[0] >= 20 && percent[1] <= 5), "{throttles:?}");
+    check_dirtier(&mut destination);
+    check_unthrottled(&destination);
+}
+
+#[test]
+fn a_throttle_that_came_to_nothing_is_lifted() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = lopsided();
+    let (_destination, uri) = Vm::listen(&[]);
+    let client = source.start_move(&uri, &[&THIN[..], &["--downtime-limit", "30ms"]].concat());
+    let throttle = || source.info()["migration"]["throttle_percent"].as_u64();
+    until("is throttled", || throttle() > Some(0));
+    source.tell(&["migrate", "--cancel"]);
+    client.wait().check_failed(&["cancelled"]);
+    check_unthrottled(&source);
+    check_dirtier(&mut source);
 }
 
 #[test]

@@ -100,9 +100,10 @@ pub trait Live: Memory + Sized {
     /// Tracking failed.
     fn rearm(&mut self, runs: &[Run]) -> Result<(), GuestError>;
 
-    /// Pages that each vCPU dirtied since the last call, by vCPU index. Empty: not known, and a
-    /// throttle then falls on all alike.
-    fn dirty_by_vcpu(&mut self) -> Vec<u64> {
+    /// Pages that each vCPU dirtied since the last call (since tracking began, at first), by vCPU index, as
+    /// far as it can be told; `dirty_pages` were found dirty since. Empty: not known, and a throttle
+    /// then falls on all alike.
+    fn dirty_by_vcpu(&mut self, _dirty_pages: u64) -> Vec<u64> {
         Vec::new()
     }
 

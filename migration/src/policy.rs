@@ -103,14 +103,23 @@ pub struct Policy {
     data_bytes: f64,
     data_seconds: f64,
     refined: u32,
+    /// How much of the guest's speed the throttle is to take, from 0 to 1, and what each vCPU is slowed down by.
     throttle: f64,
+    percents: Vec<u8>,
 }
 
 impl Policy {
     /// A fresh one.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, data_bytes: 0.0, data_seconds: 0.0, refined: 0, throttle: 0.0 }
+        Self {
+            limits,
+            data_bytes: 0.0,
+            data_seconds: 0.0,
+            refined: 0,
+            throttle: 0.0,
+            percents: Vec::new(),
+        }
     }
 
     /// Decides at the end of a round.
@@ -177,16 +186,41 @@ impl Policy {
         } else {
             1.0 - (1.0 - self.throttle) / 2.0
         };
-        let most = dirty_by_vcpu.iter().copied().max().unwrap_or(0);
-        let percent = |part: f64| {
-            let percent = whole((self.throttle * part * 100.0).round());
+        // What each would dirty without the throttle that it is under.
+        let last = self.percents.last().copied().unwrap_or(0);
+        let now = self.percents.iter().copied().chain(std::iter::repeat(last));
+        let full =
+            |(pages, percent): (&u64, u8)| float(*pages) / (1.0 - f64::from(percent) / 100.0);
+        let speeds: Vec<f64> = dirty_by_vcpu.iter().zip(now).map(full).collect();
+        let most = ceiling(&speeds, 1.0 - self.throttle);
+        let percent = |share: f64| {
+            let percent = whole((share * 100.0).round());
             u8::try_from(percent).unwrap_or(u8::MAX).min(THROTTLE_PERCENT_MAX)
         };
-        if most == 0 {
-            return vec![percent(1.0)];
-        }
-        dirty_by_vcpu.iter().map(|pages| percent(float(*pages) / float(most))).collect()
+        self.percents = match most {
+            Some(most) => {
+                speeds.iter().map(|speed| percent(1.0 - most / speed.max(most))).collect()
+            }
+            None => vec![percent(self.throttle)],
+        };
+        self.percents.clone()
     }
+}
+
+/// The speed that no vCPU may exceed so that all together keep this share of theirs: it is the fastest that
+/// are slowed down. `None`: they all stand, or none is known.
+fn ceiling(speeds: &[f64], share: f64) -> Option<f64> {
+    let mut rest = speeds.iter().sum::<f64>() * share;
+    let mut ascending = speeds.to_vec();
+    ascending.sort_by(f64::total_cmp);
+    for (at, speed) in ascending.iter().enumerate() {
+        let most = rest / float((ascending.len() - at) as u64);
+        if *speed > most {
+            return Some(most);
+        }
+        rest -= speed;
+    }
+    None
 }
 
 /// A whole number as a float: exact below 2^53, and these are estimates.

@@ -80,12 +80,37 @@ fn throttling_grows_until_twice_the_timeout() {
     assert_eq!(policy.decide(&measured(2000, 20_000, 82)).decision, Decision::TimedOut);
 }
 
+/// What a fresh policy throttles by when all that is dirtied has to be halved, and then at each next step, if
+/// the vCPUs would go on as they do and the throttle does what it says.
+fn throttles(speeds: &[u64], steps: usize) -> Vec<Vec<u8>> {
+    let mut policy = policy(OnTimeout::Throttle);
+    let mut last = vec![0; speeds.len()];
+    let step = |_| {
+        let mut now = measured(1000, 20_000, 82);
+        let pages = |(speed, percent): (&u64, &u8)| speed * u64::from(100 - percent) / 100;
+        now.dirty_by_vcpu = speeds.iter().zip(&last).map(pages).collect();
+        let Decision::Throttle(percents) = policy.decide(&now).decision else {
+            panic!("no throttle")
+        };
+        last.clone_from(&percents);
+        percents
+    };
+    (0..steps).map(step).collect()
+}
+
 #[test]
-fn the_vcpu_that_dirties_is_the_one_throttled() {
-    let mut now = measured(1000, 20_000, 82);
-    now.dirty_by_vcpu = vec![0, 18_000, 2_000, 0];
-    let verdict = policy(OnTimeout::Throttle).decide(&now);
-    assert_eq!(verdict.decision, Decision::Throttle(vec![0, 50, 6, 0]));
+fn the_vcpus_that_dirty_are_those_throttled() {
+    // The fastest, and only as far as is needed: 8,000 of its 18,000 are left, so half of the whole.
+    assert_eq!(throttles(&[0, 18_000, 2_000, 0], 1), [[0, 56, 0, 0]]);
+    assert_eq!(throttles(&[0, 9_000, 9_000, 2_000], 1), [[0, 56, 56, 0]]);
+    // All that dirty, where that isn't enough; and the one that is throttled is still known as the fastest.
+    let steps = throttles(&[0, 18_000, 2_000, 0], 6);
+    assert_eq!(steps[1..4], [[0, 83, 0, 0], [0, 93, 38, 0], [0, 97, 69, 0]]);
+    assert_eq!(steps[5], [0, 99, 92, 0]);
+    // Unknown, or nothing to go by: all alike.
+    assert_eq!(throttles(&[], 2), [[50], [75]]);
+    assert_eq!(throttles(&[0, 0], 2), [[50], [75]]);
+    assert_eq!(throttles(&[7, 7, 7], 2), [[50; 3], [75; 3]]);
 }
 
 #[test]

@@ -94,7 +94,9 @@ pub struct Round {
     pub time_us: u64,
     /// Pages that the guest dirtied meanwhile.
     pub dirty_pages: u64,
-    /// The same over time.
+    /// How many of them each vCPU dirtied, as far as it can be told. Empty: not known.
+    pub dirty_by_vcpu: Vec<u64>,
+    /// Pages that the guest dirtied in a second.
     pub dirty_pages_per_s: u64,
     /// The rate of data, the wait for the destination's word included.
     pub send_bytes_per_s: u64,

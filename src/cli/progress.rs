@@ -10,6 +10,8 @@ use super::bar::Bar;
 use super::units::format_measured;
 
 const PAGE_BYTES: u64 = 4096;
+/// Of more vCPUs, only how many they are is told.
+const VCPUS_TOLD_MAX: usize = 8;
 
 /// Who looks.
 pub enum Display {
@@ -98,6 +100,7 @@ pub fn report(r: &Value) -> String {
             milliseconds(number(round, "time_us")),
             format_measured(number(round, "dirty_pages_per_s").saturating_mul(PAGE_BYTES)),
         );
+        text.push_str(&by_vcpu(round));
     }
     let downtime = &r["downtime"];
     let part = |field| milliseconds(number(downtime, field));
@@ -129,6 +132,41 @@ pub fn report(r: &Value) -> String {
     text
 }
 
+/// A line on what each vCPU dirtied in a round and was throttled by, where there is something to tell apart.
+fn by_vcpu(round: &Value) -> String {
+    let list = |field: &str| round[field].as_array().cloned().unwrap_or_default();
+    let (pages, throttle) = (list("dirty_by_vcpu"), list("throttle_percent"));
+    if throttle.is_empty() && pages.len() < 2 {
+        return String::new();
+    }
+    let throttled = |percent: &Value| match percent.as_u64() {
+        Some(percent @ 1..) => format!(", throttled by {percent} %"),
+        _ => String::new(),
+    };
+    if pages.is_empty() {
+        return format!("      pages dirtied: not known by vCPU{}\n", throttled(&throttle[0]));
+    }
+    let mut parts: Vec<_> = (0..pages.len())
+        .map(|i| {
+            // The last value of a throttle goes for the rest.
+            let percent = throttle.get(i).or(throttle.last()).map(throttled).unwrap_or_default();
+            (i, pages[i].as_u64().unwrap_or(0), percent)
+        })
+        .filter(|(_, pages, percent)| *pages > 0 || !percent.is_empty())
+        .map(|(i, pages, percent)| format!("{pages} by vCPU {i}{percent}"))
+        .collect();
+    let more = parts.len().saturating_sub(VCPUS_TOLD_MAX);
+    parts.truncate(VCPUS_TOLD_MAX);
+    if more > 0 {
+        parts.push(format!("more by {more} others"));
+    }
+    if parts.is_empty() {
+        String::new()
+    } else {
+        format!("      pages dirtied: {}\n", parts.join("; "))
+    }
+}
+
 /// The forecast of a dry run, as text.
 #[must_use]
 pub fn forecast(r: &Value) -> String {
@@ -148,4 +186,33 @@ pub fn forecast(r: &Value) -> String {
         format_measured(number(f, "dirty_pages_per_s").saturating_mul(PAGE_BYTES)),
         format_measured(number(f, "send_bytes_per_s")),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn who_dirtied_is_told_where_it_is_known() {
+        let line = |pages: &[u64], throttle: &[u8]| {
+            by_vcpu(&json!({ "dirty_by_vcpu": pages, "throttle_percent": throttle }))
+        };
+        for nothing in
+            [line(&[], &[]), line(&[5], &[]), line(&[0, 0], &[0, 0]), by_vcpu(&json!({}))]
+        {
+            assert_eq!(nothing, "");
+        }
+        assert_eq!(line(&[5, 0, 6], &[]), "      pages dirtied: 5 by vCPU 0; 6 by vCPU 2\n");
+        assert_eq!(
+            line(&[5, 900, 0], &[0, 50, 0]),
+            "      pages dirtied: 5 by vCPU 0; 900 by vCPU 1, throttled by 50 %\n"
+        );
+        assert_eq!(line(&[5], &[20]), "      pages dirtied: 5 by vCPU 0, throttled by 20 %\n");
+        let unknown = "      pages dirtied: not known by vCPU, throttled by 50 %\n";
+        assert_eq!(line(&[], &[50]), unknown);
+        let many = line(&[1; 254], &[]);
+        assert!(many.ends_with("; 1 by vCPU 7; more by 246 others\n"), "{many}");
+    }
 }

@@ -8,6 +8,7 @@ use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, Space};
 use vmm_migration::report::micros;
 use vmm_migration::state::Section;
 
+use super::dirtiers::Dirtiers;
 use super::tracking;
 use crate::backend::disk::Fingerprint;
 use crate::machine::{Core, Machine};
@@ -16,6 +17,8 @@ use crate::vm::Vm;
 
 /// A guest that may leave: running, or paused by its user.
 pub struct LiveGuest {
+    /// Known once the guest has been at rest for its example.
+    dirtiers: Dirtiers,
     /// None only while a method has it at rest.
     vm: Option<Vm>,
     /// The longest stop since somebody asked, in microseconds.
@@ -28,7 +31,7 @@ impl LiveGuest {
     /// The VM as a guest that may leave.
     #[must_use]
     pub fn new(vm: Vm) -> Self {
-        Self { vm: Some(vm), stall_us: 0 }
+        Self { dirtiers: Dirtiers::default(), vm: Some(vm), stall_us: 0 }
     }
 
     /// The VM again.
@@ -72,6 +75,7 @@ impl Live for LiveGuest {
             let start = Instant::now();
             machine.save().map(|sections| (sections, start.elapsed()))
         });
+        self.dirtiers = Dirtiers::of(&machine);
         let vm = if paused { Ok(Vm::Paused(machine)) } else { start_again(machine) };
         self.stall_us = self.stall_us.max(micros(start.elapsed()));
         match vm {
@@ -86,6 +90,9 @@ impl Live for LiveGuest {
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
+        if let Some(Vm::Running(running)) = &self.vm {
+            self.dirtiers.start(running);
+        }
         let core = self.core();
         tracking::start(&core.vm, &core.memory)
     }
@@ -98,6 +105,13 @@ impl Live for LiveGuest {
     fn rearm(&mut self, runs: &[Run]) -> Result<(), GuestError> {
         let core = self.core();
         tracking::rearm(&core.vm, &core.memory, runs)
+    }
+
+    fn dirty_by_vcpu(&mut self, dirty_pages: u64) -> Vec<u64> {
+        match &self.vm {
+            Some(Vm::Running(running)) => self.dirtiers.attribute(running, dirty_pages),
+            _ => Vec::new(),
+        }
     }
 
     fn throttle(&mut self, percent: &[u8]) -> Result<(), GuestError> {

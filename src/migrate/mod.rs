@@ -1,7 +1,7 @@
 //! Migration at this end: the machine behind `vmm_migration`'s traits, and what carries the stream.
 //!
 //! - [`uri`], [`link`]: where the stream goes and how its bytes get there;
-//! - [`tracking`]: which pages of guest RAM were touched and written;
+//! - [`tracking`]: which pages of guest RAM were touched and written; `dirtiers`: by which vCPU;
 //! - [`cpu`]: what a guest's vCPUs need of a host;
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
 //! - [`arriving`]: the destination's guest; [`incoming`] drives it; [`verdicts`]: what is told a source in doubt;
@@ -9,6 +9,7 @@
 
 pub mod arriving;
 pub mod cpu;
+mod dirtiers;
 pub mod incoming;
 pub mod leaving;
 pub mod link;

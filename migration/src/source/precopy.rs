@@ -111,7 +111,7 @@ impl Common {
                 dirty_time: now - collected,
                 fixed,
                 bandwidth: self.options.bandwidth,
-                dirty_by_vcpu: guest.dirty_by_vcpu(),
+                dirty_by_vcpu: guest.dirty_by_vcpu(set.len()),
             };
             collected = now;
             let verdict = policy.decide(&measured);
@@ -122,6 +122,7 @@ impl Common {
                     bytes: self.channel.sent_bytes() - bytes,
                     time_us: micros(now - start),
                     dirty_pages: set.len(),
+                    dirty_by_vcpu: measured.dirty_by_vcpu.clone(),
                     throttle_percent: throttle.clone(),
                     stall_us: guest.stall_us(),
                     ..Round::default()

@@ -14,6 +14,7 @@ use super::msr::MsrPlan;
 use super::*;
 use crate::kernel::{Entry, Loaded};
 use crate::memory::{Backing, Memory};
+use crate::stats::FaultCount;
 
 /// A VM of `cpus` vCPUs as a machine configures them.
 struct Vm {
@@ -49,6 +50,14 @@ impl Vm {
 
     fn save(&self, index: usize) -> vcpu_state::VcpuStateV1 {
         vcpu_state::save(&self.vcpus[index], &self.plan).unwrap()
+    }
+}
+
+#[test]
+fn this_kvm_counts_the_faults_of_each_vcpu() {
+    let Some(kvm) = kvm() else { return };
+    for vcpu in Vm::new(&kvm, 2).vcpus {
+        assert_eq!(FaultCount::of(&vcpu).expect("Linux 5.14 has it").get(), Some(0));
     }
 }
 

@@ -29,6 +29,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
+/// KVM's name for the page faults of a vCPU that it resolved by making a page accessible: with write protection,
+/// each first write to a page whose writes are logged is one (Linux 5.19; before, fewer are counted).
+pub const FAULTS_RESOLVED: &str = "pf_fixed";
+
 /// What KVM must be able to do, with the name that its documentation uses.
 pub const REQUIRED_CAPS: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
