@@ -19,6 +19,7 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod moving;
+pub mod pagemap;
 pub mod platform;
 pub mod running;
 pub mod signals;

@@ -25,6 +25,9 @@ use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion,
 };
 use vmm_devices::GuestRam;
+use vmm_migration::pages::{PageSet, Run};
+
+use crate::pagemap::Pagemap;
 
 /// Size of a page in KVM's dirty log and in a migration, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -102,6 +105,8 @@ pub struct Memory {
     /// The file in memory, or that of a private mapping.
     file: File,
     private: bool,
+    /// Of private memory: tells which pages were written. Without it, all count as touched.
+    pagemap: Option<Pagemap>,
 }
 
 const HUGE_HINT: &str = ": reserve 2 MiB pages (sysctl vm.nr_hugepages) or drop --hugepages";
@@ -112,6 +117,9 @@ impl Memory {
         let total: u64 = ranges.iter().map(|r| r.1).sum();
         let private = matches!(backing, Backing::Private(_));
         let (file, flags, hint) = open_backing(backing, total)?;
+        let pagemap = private
+            .then(Pagemap::open)
+            .and_then(|opened| opened.inspect_err(|e| tracing::debug!("no pagemap: {e}")).ok());
         let mut regions = Vec::new();
         let mut slots = Vec::new();
         let mut file_offset = 0;
@@ -137,7 +145,7 @@ impl Memory {
             hint,
             why: e.to_string(),
         })?;
-        Ok(Self { ram, slots, file, private })
+        Ok(Self { ram, slots, file, private, pagemap })
     }
 
     /// The mapped RAM.
@@ -180,7 +188,7 @@ impl Memory {
     }
 
     /// Finds what was ever touched of `len` bytes at `offset` of a slot, as offset and length in bytes of
-    /// each piece. Untouched memory reads as zero. Of privately mapped memory everything counts.
+    /// each piece. Untouched memory reads as zero.
     pub fn touched(
         &self,
         slot: &MemorySlot,
@@ -188,10 +196,45 @@ impl Memory {
         len: u64,
         mut visit: impl FnMut(u64, u64),
     ) -> io::Result<()> {
-        if self.private {
-            visit(offset, len);
-            return Ok(());
+        if !self.private {
+            return self.data(slot, offset, len, visit);
         }
+        let found = self.touched_privately(slot, offset, len);
+        // What a file that was cut short has lost would look untouched.
+        if self.file.metadata()?.len() < self.len() {
+            return Err(io::Error::other("the snapshot's memory file was cut short"));
+        }
+        match found {
+            Ok(pages) => pages.runs().for_each(|run| visit(run.address(), run.bytes())),
+            Err(e) => {
+                tracing::debug!("all private memory counts as touched: {e}");
+                visit(offset, len);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the snapshot had and what was written since, as pages from the slot's start.
+    fn touched_privately(&self, slot: &MemorySlot, offset: u64, len: u64) -> io::Result<PageSet> {
+        let region = self.ram.find_region(GuestAddress(slot.start));
+        let (Some(pagemap), Some(region)) = (&self.pagemap, region) else {
+            return Err(io::Error::other("no pagemap"));
+        };
+        let mut pages = PageSet::new();
+        self.data(slot, offset, len, |at, len| insert(&mut pages, at, len))?;
+        let mapped = region.as_ptr() as u64 + offset;
+        pagemap.copies(mapped, len, |at, len| insert(&mut pages, offset + at, len))?;
+        Ok(pages)
+    }
+
+    /// Finds what of `len` bytes at `offset` of a slot the file has data for.
+    fn data(
+        &self,
+        slot: &MemorySlot,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
         let (start, end) = (slot.file_offset + offset, slot.file_offset + offset + len);
         let mut at = start;
         while at < end {
@@ -268,6 +311,14 @@ impl Memory {
 fn bitmap_of(region: &GuestRegionMmap<AtomicBitmap>) -> &AtomicBitmap {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     mapping.bitmap()
+}
+
+/// Adds every page that has some of `len` bytes at `offset`.
+fn insert(pages: &mut PageSet, offset: u64, len: u64) {
+    let first = offset / PAGE_SIZE;
+    if let Some(run) = Run::new(first, (offset + len).div_ceil(PAGE_SIZE) - first) {
+        pages.insert(run);
+    }
 }
 
 fn bitmap(len: usize) -> AtomicBitmap {

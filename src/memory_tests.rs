@@ -1,5 +1,9 @@
 //! Guest RAM by itself: what is touched, what is discarded, and how it lies.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Backing, HUGE_PAGE_SIZE, Memory, PAGE_SIZE};
@@ -7,9 +11,30 @@ use super::{Backing, HUGE_PAGE_SIZE, Memory, PAGE_SIZE};
 const MIB: u64 = 1 << 20;
 
 /// 8 MiB below, 4 MiB above a hole.
+const RANGES: [(GuestAddress, u64); 2] =
+    [(GuestAddress(0), 8 * MIB), (GuestAddress(64 * MIB), 4 * MIB)];
+
 fn memory() -> Memory {
-    let ranges = [(GuestAddress(0), 8 * MIB), (GuestAddress(64 * MIB), 4 * MIB)];
-    Memory::new(&ranges, Backing::Fresh { hugepages: false }).unwrap()
+    Memory::new(&RANGES, Backing::Fresh { hugepages: false }).unwrap()
+}
+
+/// As a snapshot's memory file is mapped: it has data in pages 3, 4 and 7 of the first slot and in the last
+/// of the second.
+fn private() -> (Memory, File) {
+    let file = File::from(memfd_create("snapshot", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(12 * MIB).unwrap();
+    for page in [3, 4, 7, 12 * MIB / PAGE_SIZE - 1] {
+        file.write_all_at(&[7; 4096], page * PAGE_SIZE).unwrap();
+    }
+    (Memory::new(&RANGES, Backing::Private(file.try_clone().unwrap())).unwrap(), file)
+}
+
+/// The runs of touched pages of a slot, as first page and count.
+fn touched_runs(memory: &Memory, slot: usize) -> Vec<(u64, u64)> {
+    let (mut runs, slot) = (Vec::new(), memory.slots()[slot]);
+    let note = |at: u64, len: u64| runs.push((at / PAGE_SIZE, len / PAGE_SIZE));
+    memory.touched(&slot, 0, slot.len, note).unwrap();
+    runs
 }
 
 fn touched(memory: &Memory, slot: usize) -> u64 {
@@ -30,6 +55,37 @@ fn what_was_written_counts_as_touched_and_no_other_slot() {
     assert_eq!(touched(&memory, 0), 0);
     let one = touched(&memory, 1);
     assert!((PAGE_SIZE..=HUGE_PAGE_SIZE).contains(&one), "{one} bytes of one that was written");
+}
+
+#[test]
+fn of_a_private_file_what_has_data_or_was_written_counts_once() {
+    let (mut memory, file) = private();
+    assert_eq!(touched_runs(&memory, 0), [(3, 2), (7, 1)]);
+    assert_eq!(touched_runs(&memory, 1), [(1023, 1)]);
+    // Read; written over what has data; written beside it, and where nothing was.
+    assert_eq!(read(&memory, 7 * PAGE_SIZE), 7);
+    for page in [4, 5, 1000, 16384] {
+        memory.ram().write_obj(9_u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+    }
+    assert_eq!(touched_runs(&memory, 0), [(3, 3), (7, 1), (1000, 1)]);
+    assert_eq!(touched_runs(&memory, 1), [(0, 1), (1023, 1)]);
+    let mut part = Vec::new();
+    let slot = memory.slots()[0];
+    memory.touched(&slot, 4 * PAGE_SIZE, 4 * PAGE_SIZE, |at, len| part.push((at, len))).unwrap();
+    assert_eq!(part, [(4 * PAGE_SIZE, 2 * PAGE_SIZE), (7 * PAGE_SIZE, PAGE_SIZE)]);
+    assert_eq!(file.metadata().unwrap().len(), 12 * MIB);
+    // Where nobody tells, everything counts.
+    memory.pagemap = None;
+    assert_eq!(touched_runs(&memory, 0), [(0, 2048)]);
+}
+
+#[test]
+fn a_private_file_that_was_cut_short_is_found_out() {
+    let (memory, file) = private();
+    file.set_len(11 * MIB).unwrap();
+    let slot = memory.slots()[0];
+    let error = memory.touched(&slot, 0, slot.len, |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("cut short"), "{error}");
 }
 
 #[test]

@@ -144,23 +144,6 @@ fn a_copy_can_be_written_and_restored_again() {
     }
 }
 
-#[test]
-fn a_lazily_restored_guest_migrates() {
-    if !has_kvm() {
-        return;
-    }
-    let mut vm = Vm::start(Guest::dirtier(16, 200), &[]);
-    assert_intact(&mut vm);
-    let (_dir, path) = snapshot(&vm, &[]);
-    drop(vm);
-    let mut copy = Vm::restore(&path, &[]);
-    assert_intact(&mut copy);
-    let (mut moved, uri) = Vm::listen(&[]);
-    copy.tell(&["migrate", "--connect", &uri, "--downtime-limit", "5s"]);
-    assert_eq!(copy.wait().0, Some(0));
-    assert_intact(&mut moved);
-}
-
 /// The VM generation id in a snapshot.
 fn generation(snapshot: &Path) -> Vec<u8> {
     const ADDRESS: u64 = 0xf_f000;
