@@ -120,7 +120,8 @@ fn source() {
     bridge("1");
     count_announcements();
     let server = load::serve(TcpListener::bind(SERVER).unwrap());
-    let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, disk: false, server: Some(SERVER) };
+    let load =
+        Load { writers: 1, writer_mib: 4, rest_ms: 50, server: Some(SERVER), ..Load::default() };
     let guest = Guest::new("6.1-cloud")
         .mem("160M")
         .option("--net", "tap=tap0,mac=02:00:00:00:00:2a")

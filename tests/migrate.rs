@@ -18,7 +18,7 @@ use std::process::Command;
 
 use linux::{Guest, guest_file};
 use load::{BLOCK_LEN, Load, block};
-use net::{in_namespace, ip};
+use net::{bridge, in_namespace};
 use travel::{Link, Trip};
 
 /// The server of the guests' streams: an address of the bridge that their TAPs are on.
@@ -36,14 +36,7 @@ fn with_guest(name: &str, test: impl FnOnce()) {
         return load::run(&load);
     }
     in_namespace(name, || {
-        ip("link set lo up");
-        ip("link add br0 type bridge");
-        ip("address add 10.9.8.1/24 dev br0");
-        ip("link set br0 up");
-        for tap in ["tap0", "tap1"] {
-            ip(&format!("tuntap add {tap} mode tap"));
-            ip(&format!("link set {tap} master br0 up"));
-        }
+        bridge("10.9.8.1/24", &["tap0", "tap1"]);
         test();
     });
 }
@@ -94,8 +87,16 @@ fn check_image(image: &Path, blocks: u64) {
     }
 }
 
-const WORK: Load =
-    Load { writers: 1, writer_mib: 16, rest_ms: 20, disk: true, server: Some(SERVER) };
+const WORK: Load = Load {
+    writers: 1,
+    writer_mib: 16,
+    rest_ms: 20,
+    mib_per_s: 0,
+    pace: false,
+    disk: true,
+    server: Some(SERVER),
+    gentle: false,
+};
 
 /// A guest at work moves that often, and all that it did is right in the end.
 fn work_and_move(name: &str, kernel: &'static str, cpus: u32, then: impl FnOnce(&mut Trip)) {

@@ -5,22 +5,28 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use std::fs::File;
-use std::io::{BufRead, Read, Write};
-use std::net::TcpStream;
+use std::io::BufRead;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{Scope, scope, sleep, spawn};
+use std::thread::{Scope, scope, sleep};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+mod stream;
+mod writer;
+
+#[allow(unused_imports, reason = "each test program uses a part")]
+pub use stream::{ClockWord, serve};
 
 /// Tells the test binary that it is the program in the guest, and what to do there.
 const LOAD: &str = "VMM_TEST_LOAD";
-/// Bytes of a block on the disk, and of one on the network.
+/// Bytes of a block on the disk.
 pub const BLOCK_LEN: usize = 4096;
-pub const STREAM_LEN: usize = 32 << 10;
 /// The word that numbers a block on the network, and in the answer the server's real time.
-pub const WORD: usize = 8;
+const WORD: usize = 8;
 const TICK: Duration = Duration::from_millis(50);
+/// Ticks between two words on the writers' pace.
+const PACE_TICKS: u64 = 20;
 const ALPHABET: &str = "abcdefghijklmnopqrstuvwxyz0123456789";
 
 /// What the program does besides ticking, listening and looking at the clocks.
@@ -30,17 +36,25 @@ pub struct Load {
     pub writers: u32,
     pub writer_mib: u32,
     pub rest_ms: u32,
+    /// How fast each may be at most; 0: as fast as it can.
+    pub mib_per_s: u32,
+    /// Whether it tells now and then how fast they are.
+    pub pace: bool,
     /// Whether it writes to the file system on /dev/vda.
     pub disk: bool,
     /// Where the server of a TCP stream is.
     pub server: Option<&'static str>,
+    /// Whether all that wakes often rests longer, and leaves the vCPUs to the writers.
+    pub gentle: bool,
 }
 
 impl Load {
     /// The script that runs it in the guest as the test `name`, and looks at the kernel's log afterwards.
     pub fn script(&self, name: &str) -> String {
-        let Self { writers, writer_mib, rest_ms, disk, server } = *self;
-        let words = format!("{writers} {writer_mib} {rest_ms} {disk} {}", server.unwrap_or("none"));
+        let Self { writers, writer_mib, rest_ms, mib_per_s, pace, disk, server, gentle } = *self;
+        let server = server.unwrap_or("none");
+        let words =
+            format!("{writers} {writer_mib} {rest_ms} {mib_per_s} {pace} {disk} {server} {gentle}");
         let (mount, unmount) = if disk {
             ("mount /dev/vda /mnt || exit 10", "umount /mnt || exit 12")
         } else {
@@ -62,8 +76,11 @@ impl Load {
             writers: number(0),
             writer_mib: number(1),
             rest_ms: number(2),
-            disk: words[3] == "true",
-            server: (words[4] != "none").then_some(words[4]),
+            mib_per_s: number(3),
+            pace: words[4] == "true",
+            disk: words[5] == "true",
+            server: (words[6] != "none").then_some(words[6]),
+            gentle: words[7] == "true",
         })
     }
 }
@@ -106,7 +123,7 @@ fn mix(number: u64) -> u64 {
 }
 
 /// Real time in nanoseconds.
-pub fn real_ns() -> u64 {
+fn real_ns() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     u64::try_from(now.as_nanos()).unwrap()
 }
@@ -124,7 +141,7 @@ struct Watch {
     faults: AtomicU64,
     /// The latest time that any vCPU has seen, since `start`.
     latest_ns: AtomicU64,
-    /// The longest time in which a thread that wants to run every millisecond didn't.
+    /// The longest time in which a thread that wants to run every few milliseconds didn't.
     gap_us: AtomicU64,
     passes: AtomicU64,
     disk_blocks: AtomicU64,
@@ -161,8 +178,12 @@ pub fn run(load: &Load) {
     println!("\nload: starts on {cpus} vCPUs");
     scope(|threads| {
         start(threads, &watch, load, cpus);
+        let mut paced = (Instant::now(), 0);
         for number in 0.. {
             println!("{}", tick(number));
+            if load.pace && number % PACE_TICKS == PACE_TICKS - 1 {
+                tell_pace(&watch, &mut paced);
+            }
             if !watch.goes_on() {
                 break;
             }
@@ -182,25 +203,39 @@ pub fn run(load: &Load) {
     }
 }
 
+/// Passes in a thousand seconds, by those since the word before.
+fn tell_pace(watch: &Watch, last: &mut (Instant, u64)) {
+    let (now, passes) = (Instant::now(), watch.passes.load(Ordering::Relaxed));
+    let ms = u64::try_from((now - last.0).as_millis()).unwrap();
+    println!("pace {}", (passes - last.1) * 1_000_000 / ms);
+    *last = (now, passes);
+}
+
+/// What such a line says.
+pub fn pace(line: &str) -> Option<u64> {
+    line.trim_end().strip_prefix("pace ")?.parse().ok()
+}
+
 fn start<'a>(threads: &'a Scope<'a, '_>, watch: &'a Watch, load: &'a Load, cpus: usize) {
     for cpu in 0..cpus {
-        threads.spawn(move || clocks(watch, cpu));
+        let rest = Duration::from_millis(if load.gentle { 10 } else { 1 });
+        threads.spawn(move || clocks(watch, cpu, rest));
     }
     for writer in 0..load.writers {
-        let rest = Duration::from_millis(load.rest_ms.into());
-        threads.spawn(move || memory(watch, writer, load.writer_mib, rest));
+        threads.spawn(move || writer::memory(watch, writer, load));
     }
     if load.disk {
         threads.spawn(|| disk(watch, Path::new("/mnt/blocks")));
     }
     if let Some(server) = load.server {
-        threads.spawn(|| stream(watch, server));
+        let rest = Duration::from_millis(if load.gentle { 100 } else { 5 });
+        threads.spawn(move || stream::stream(watch, server, rest));
     }
     threads.spawn(|| listen(watch));
 }
 
 /// No vCPU sees a monotonic clock behind what another has seen, nor a wall clock that goes back.
-fn clocks(watch: &Watch, cpu: usize) {
+fn clocks(watch: &Watch, cpu: usize, rest: Duration) {
     let set = {
         let mut set = rustix::thread::CpuSet::new();
         set.set(cpu);
@@ -234,31 +269,6 @@ fn clocks(watch: &Watch, cpu: usize) {
         let gap = before.elapsed();
         watch.gap_us.fetch_max(u64::try_from(gap.as_micros()).unwrap(), Ordering::Relaxed);
         (real, before) = (real_now, Instant::now());
-        sleep(Duration::from_millis(1));
-    }
-}
-
-/// Every word of a block of memory has what the pass before wrote there, and gets something new.
-fn memory(watch: &Watch, writer: u32, mib: u32, rest: Duration) {
-    let key = mix(u64::from(writer) << 32);
-    let mut words = vec![0_u64; usize::try_from(mib).unwrap() << 17];
-    let mut last = None;
-    while watch.goes_on() {
-        let pass = last.map_or(key, |last: u64| last.wrapping_add(key | 1));
-        let mut wrong = None;
-        for (at, word) in words.iter_mut().enumerate() {
-            let place = (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            if last.map_or(0, |last| last ^ place) != *word {
-                wrong = Some((at, *word));
-            }
-            *word = pass ^ place;
-        }
-        if let Some((at, word)) = wrong {
-            watch.fault(&format!("memory: word {at} of writer {writer} was {word:#x}"));
-        }
-        last = Some(pass);
-        watch.passes.fetch_add(1, Ordering::Relaxed);
-        words = std::hint::black_box(words);
         sleep(rest);
     }
 }
@@ -298,47 +308,6 @@ fn disk(watch: &Watch, path: &Path) {
     (0..number).for_each(check);
 }
 
-/// Blocks go to the server, which answers with its time and a block of its own; both ends check all of it.
-/// What the answers say of this clock is told now and then.
-fn stream(watch: &Watch, server: &str) {
-    if let Err(e) = try_stream(watch, server) {
-        watch.fault(&format!("stream: {e}"));
-    }
-}
-
-fn try_stream(watch: &Watch, server: &str) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(server)?;
-    let mut answer = vec![0; WORD + STREAM_LEN];
-    let mut told = Instant::now();
-    let mut best: Option<(u64, i64)> = None;
-    let mut number = 0;
-    while watch.goes_on() {
-        let mut request = real_ns().to_le_bytes().to_vec();
-        request.extend(block(number, STREAM_LEN));
-        let before = real_ns();
-        stream.write_all(&request)?;
-        stream.read_exact(&mut answer)?;
-        let after = real_ns();
-        let there = u64::from_le_bytes(answer[..WORD].try_into().unwrap());
-        if answer[WORD..] != block(!number, STREAM_LEN) {
-            watch.fault(&format!("stream: answer {number} isn't what was sent"));
-        }
-        let ahead = (before.midpoint(after).cast_signed() - there.cast_signed()) / 1000;
-        let error = (after - before) / 2000;
-        if best.is_none_or(|(least, _)| error < least) {
-            best = Some((error, ahead));
-        }
-        if let (Some((error, ahead)), true) = (best, told.elapsed() > Duration::from_millis(500)) {
-            println!("clock {ahead} {error}");
-            (told, best) = (Instant::now(), None);
-        }
-        number += 1;
-        watch.stream_blocks.store(number, Ordering::Relaxed);
-        sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
 /// Lines typed on the console are numbered, and none is lost, doubled or changed. "end" ends the program.
 fn listen(watch: &Watch) {
     let (mut next, mut line) = (0, String::new());
@@ -358,28 +327,4 @@ fn listen(watch: &Watch) {
         }
         watch.stop.store(true, Ordering::Relaxed);
     }
-}
-
-/// The other end of [`stream`]: serves one connection until its end; says how many blocks came, or what was
-/// wrong.
-pub fn serve(listener: std::net::TcpListener) -> std::thread::JoinHandle<Result<u64, String>> {
-    spawn(move || {
-        let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
-        let mut request = vec![0; WORD + STREAM_LEN];
-        for number in 0.. {
-            match stream.read(&mut request[..1]) {
-                Ok(0) => return Ok(number),
-                Ok(_) => {}
-                Err(e) => return Err(format!("block {number}: {e}")),
-            }
-            stream.read_exact(&mut request[1..]).map_err(|e| format!("block {number}: {e}"))?;
-            if request[WORD..] != block(number, STREAM_LEN) {
-                return Err(format!("block {number} isn't what the guest sent"));
-            }
-            let mut answer = real_ns().to_le_bytes().to_vec();
-            answer.extend(block(!number, STREAM_LEN));
-            stream.write_all(&answer).map_err(|e| format!("answer {number}: {e}"))?;
-        }
-        unreachable!("numbers don't end")
-    })
 }

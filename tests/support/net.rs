@@ -33,3 +33,15 @@ pub fn ip(args: &str) {
         Command::new("ip").args(args.split_whitespace()).output().expect("ip, of iproute2");
     assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// A bridge with that address, and TAPs on it.
+pub fn bridge(address: &str, taps: &[&str]) {
+    ip("link set lo up");
+    ip("link add br0 type bridge");
+    ip(&format!("address add {address} dev br0"));
+    ip("link set br0 up");
+    for tap in taps {
+        ip(&format!("tuntap add {tap} mode tap"));
+        ip(&format!("link set {tap} master br0 up"));
+    }
+}

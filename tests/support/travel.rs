@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::linux::{Guest, LONG, vmm};
-use crate::load::tick;
+use crate::load::{ClockWord, pace, tick};
 
 /// How long to wait between two looks at something.
 const LOOK: Duration = Duration::from_millis(20);
@@ -52,14 +52,6 @@ impl Drop for Stay {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// What the guest's program said of its clock: how far it is ahead of the server's, and by how much that
-/// may be wrong, in microseconds.
-#[derive(Clone, Copy, Debug)]
-pub struct ClockWord {
-    pub ahead_us: i64,
-    pub error_us: i64,
 }
 
 impl Trip {
@@ -295,7 +287,7 @@ impl Trip {
         let words = |trip: &Self| {
             let console = trip.console_here();
             let lines = console.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-            lines.filter_map(clock_word).collect::<Vec<_>>()
+            lines.filter_map(ClockWord::parse).collect::<Vec<_>>()
         };
         // The first may have been measured before a move.
         self.until("the guest tells of its clock", |trip| words(trip).len() >= 2);
@@ -356,7 +348,7 @@ impl Trip {
                 ticks += 1;
             } else if line == format!("heard {heard}") {
                 heard += 1;
-            } else if clock_word(line).is_none() {
+            } else if ClockWord::parse(line).is_none() && pace(line).is_none() {
                 self.fail(&format!(
                     "{line:?} on the console, before tick {ticks}, after {heard} heard"
                 ));
@@ -372,11 +364,6 @@ fn listens(address: &str, port: u16) -> bool {
     // 0A is LISTEN.
     let entry = format!("{address}:{port:04X} 00000000:0000 0A");
     fs::read_to_string("/proc/net/tcp").unwrap().contains(&entry)
-}
-
-fn clock_word(line: &str) -> Option<ClockWord> {
-    let (ahead, error) = line.trim_end().strip_prefix("clock ")?.split_once(' ')?;
-    Some(ClockWord { ahead_us: ahead.parse().ok()?, error_us: error.parse().ok()? })
 }
 
 /// All that a guest said that has come to its end.
