@@ -33,7 +33,7 @@ struct Settings {
     runs: usize,
     peers: Vec<Peer>,
     only: Vec<String>,
-    /// RAM of the guests that move, in MiB.
+    /// RAM of the guests that move or are saved, in MiB.
     move_mib: Vec<u32>,
 }
 
@@ -47,7 +47,7 @@ impl Settings {
         let runs = words("BENCH_RUNS", "5").concat().parse()?;
         let peers = words("BENCH_PEERS", "vmm qemu");
         let peers = peers.iter().map(|name| name.parse()).collect::<Result<_>>()?;
-        let move_mib = words("BENCH_MOVE_MIB", "512");
+        let move_mib = words("BENCH_MOVE_MIB", "512 4096");
         let move_mib =
             move_mib.iter().map(|mib| mib.parse()).collect::<std::result::Result<_, _>>()?;
         Ok(Self { runs, peers, only: words("BENCH_ONLY", PARTS), move_mib })
@@ -55,17 +55,35 @@ impl Settings {
 
     /// Takes a figure of each peer, so often. One that gives none is told of, and the others go on.
     fn each(&self, what: &str, mut measure: impl FnMut(Peer) -> Result<()>) {
+        self.each_of(&[what], &self.peers, |_, peer| measure(peer));
+    }
+
+    /// As [`Self::each`], for several things in turn.
+    fn each_of(
+        &self,
+        whats: &[&str],
+        peers: &[Peer],
+        mut measure: impl FnMut(usize, Peer) -> Result<()>,
+    ) {
         for run in 1..=self.runs {
-            for peer in &self.peers {
-                // Of the figure before.
-                let _ = std::fs::remove_file(process::ERRORS);
-                if let Err(error) = measure(*peer) {
-                    let errors = std::fs::read_to_string(process::ERRORS).unwrap_or_default();
-                    eprintln!("bench: {peer}, {what}: {error}\n{errors}");
+            for (at, what) in whats.iter().enumerate() {
+                for peer in peers {
+                    // Of the figure before.
+                    let _ = std::fs::remove_file(process::ERRORS);
+                    if let Err(error) = measure(at, *peer) {
+                        let errors = std::fs::read_to_string(process::ERRORS).unwrap_or_default();
+                        eprintln!("bench: {peer}, {what}: {error}\n{errors}");
+                    }
                 }
+                eprintln!("bench: run {run} of {}: {what}", self.runs);
             }
-            eprintln!("bench: run {run} of {}: {what}", self.runs);
         }
+    }
+
+    /// Those that can move and save their guests here.
+    fn movers(&self) -> Vec<Peer> {
+        let can = |peer: &&Peer| matches!(peer, Peer::Vmm | Peer::Qemu);
+        self.peers.iter().filter(can).copied().collect()
     }
 }
 

@@ -14,7 +14,7 @@ use crate::io::initramfs;
 use crate::peer::{Guest, Peer, qemu};
 use crate::process::{Watched, free_port, until_listening};
 use crate::qmp::Qmp;
-use crate::table::{Goal, Row, Table};
+use crate::table::{BySize, Goal, Row, Table};
 use crate::{Result, Settings};
 
 const BEAT_MS: u32 = 5;
@@ -55,25 +55,21 @@ struct Told {
 /// The guest can't be made.
 pub fn measure(settings: &Settings, dirty_mibs: &[u32]) -> Result<()> {
     let initrd = initramfs()?;
-    let can = |peer: &&Peer| matches!(peer, Peer::Vmm | Peer::Qemu);
-    let peers: Vec<Peer> = settings.peers.iter().filter(can).copied().collect();
-    for mem_mib in &settings.move_mib {
-        for &dirty_mib in dirty_mibs {
-            let (rows, what) = match dirty_mib {
-                0 => (IDLE, "idle".to_owned()),
-                _ => (DIRTYING, format!("dirtying {dirty_mib} MiB without pause")),
-            };
-            let title = format!("Migration, TCP loopback: a stock guest of {mem_mib} MiB, {what}");
-            let mut table = Table::new(&title, rows, &peers);
-            let words = format!(" vmm.run=\"/bench guest beat {BEAT_MS} {dirty_mib}\"");
-            settings.each(&title, |peer| {
-                if peers.contains(&peer) {
-                    let guest = Guest::stock(*mem_mib, &initrd, &words);
-                    one(peer, guest, dirty_mib > 0, &mut table)?;
-                }
-                Ok(())
-            });
-            table.print();
+    let peers = settings.movers();
+    for &dirty_mib in dirty_mibs {
+        let (rows, what) = match dirty_mib {
+            0 => (IDLE, "idle".to_owned()),
+            _ => (DIRTYING, format!("dirtying {dirty_mib} MiB without pause")),
+        };
+        let title = |mib| format!("Migration, TCP loopback: a stock guest of {mib} MiB, {what}");
+        let mut sizes = BySize::new(&settings.move_mib, rows, &peers, title);
+        let words = format!(" vmm.run=\"/bench guest beat {BEAT_MS} {dirty_mib}\"");
+        sizes.measure(settings, &peers, |mem_mib, peer, table| {
+            one(peer, Guest::stock(mem_mib, &initrd, &words), dirty_mib > 0, table)
+        });
+        sizes.print();
+        if dirty_mib == 0 {
+            sizes.print_growth("Downtime and RAM", &["outside", "guest", "told"]);
         }
     }
     Ok(())

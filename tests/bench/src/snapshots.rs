@@ -10,7 +10,7 @@ use crate::io::initramfs;
 use crate::peer::{Guest, Peer, qemu};
 use crate::process::Watched;
 use crate::qmp::Qmp;
-use crate::table::{Goal, Row, Table};
+use crate::table::{BySize, Goal, Row, Table};
 use crate::{Result, Settings};
 
 const SOCKET: &str = "/tmp/bench.sock";
@@ -29,24 +29,20 @@ const ROWS: &[Row] = &[
 /// The guest can't be made.
 pub fn measure(settings: &Settings) -> Result<()> {
     let initrd = initramfs()?;
-    let can = |peer: &&Peer| matches!(peer, Peer::Vmm | Peer::Qemu);
-    let peers: Vec<Peer> = settings.peers.iter().filter(can).copied().collect();
-    let mut sizes_mib = settings.move_mib.clone();
-    sizes_mib.insert(0, 256);
-    for mem_mib in sizes_mib {
-        let title = format!(
-            "Snapshot on tmpfs: a stock guest of {mem_mib} MiB, idle (vmm: --lazy; QEMU: mapped-ram)"
-        );
-        let mut table = Table::new(&title, ROWS, &peers);
-        settings.each(&title, |peer| {
-            if peers.contains(&peer) {
-                let words = " vmm.run=\"/bench guest beat 5 0\"";
-                one(peer, Guest::stock(mem_mib, &initrd, words), &mut table)?;
-            }
-            Ok(())
-        });
-        table.print();
-    }
+    let peers = settings.movers();
+    let sizes_mib = [&[256], &settings.move_mib[..]].concat();
+    let title = |mib| {
+        format!(
+            "Snapshot on tmpfs: a stock guest of {mib} MiB, idle (vmm: --lazy; QEMU: mapped-ram)"
+        )
+    };
+    let mut sizes = BySize::new(&sizes_mib, ROWS, &peers, title);
+    sizes.measure(settings, &peers, |mem_mib, peer, table| {
+        let words = " vmm.run=\"/bench guest beat 5 0\"";
+        one(peer, Guest::stock(mem_mib, &initrd, words), table)
+    });
+    sizes.print();
+    sizes.print_growth("Restore and RAM", &["restore"]);
     Ok(())
 }
 

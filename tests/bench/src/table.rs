@@ -1,6 +1,11 @@
 //! Samples of figures, and the table of their medians: one column for each peer, and the goal.
 
 use crate::peer::Peer;
+use crate::{Result, Settings};
+
+/// The size that larger guests are held against, and how much more what doesn't depend on RAM may be there.
+const GROWS_FROM_MIB: u32 = 512;
+const GROWTH_MAX: f64 = 1.2;
 
 /// What a figure should be.
 #[derive(Clone, Copy)]
@@ -62,8 +67,71 @@ impl Table {
             let ratio = ours.zip(theirs).map(|(ours, theirs)| ours / theirs);
             let told = ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.3}"));
             let (goal, met) = goal.judge(ours, ratio);
-            let word = met.map_or("", |met| if met { "met" } else { "**missed**" });
-            println!("| {label} ({unit}) | {} | {told} | {goal} | {word} |", cells.join(" | "));
+            let (cells, word) = (cells.join(" | "), word(met));
+            println!("| {label} ({unit}) | {cells} | {told} | {goal} | {word} |");
+        }
+    }
+}
+
+/// The same table for guests of several sizes.
+pub struct BySize {
+    sizes_mib: Vec<u32>,
+    titles: Vec<String>,
+    tables: Vec<Table>,
+}
+
+impl BySize {
+    /// Empty ones.
+    pub fn new(
+        sizes_mib: &[u32],
+        rows: &'static [Row],
+        peers: &[Peer],
+        title: impl Fn(u32) -> String,
+    ) -> Self {
+        let titles: Vec<String> = sizes_mib.iter().map(|mib| title(*mib)).collect();
+        let tables = titles.iter().map(|title| Table::new(title, rows, peers)).collect();
+        Self { sizes_mib: sizes_mib.to_vec(), titles, tables }
+    }
+
+    /// Fills them, size after size within each run.
+    pub fn measure(
+        &mut self,
+        settings: &Settings,
+        peers: &[Peer],
+        mut one: impl FnMut(u32, Peer, &mut Table) -> Result<()>,
+    ) {
+        let titles: Vec<&str> = self.titles.iter().map(String::as_str).collect();
+        settings.each_of(&titles, peers, |at, peer| {
+            one(self.sizes_mib[at], peer, &mut self.tables[at])
+        });
+    }
+
+    /// Prints them.
+    pub fn print(&self) {
+        self.tables.iter().for_each(Table::print);
+    }
+
+    /// Prints how some rows grow with the guest, from 512 MiB (or the smallest) to the largest.
+    pub fn print_growth(&self, title: &str, rows: &[&str]) {
+        let sizes = || self.sizes_mib.iter().zip(&self.tables);
+        let small = sizes().find(|(mib, _)| **mib == GROWS_FROM_MIB).or_else(|| sizes().next());
+        let (Some((from_mib, from)), Some((to_mib, to))) = (small, sizes().next_back()) else {
+            return;
+        };
+        if from_mib == to_mib {
+            return;
+        }
+        let peers: Vec<String> = to.peers.iter().map(ToString::to_string).collect();
+        println!("\n{title}: {to_mib} MiB beside {from_mib} MiB\n");
+        println!("| median : median | {} | goal | |", peers.join(" | "));
+        println!("|---|{}---|---|", "---|".repeat(peers.len()));
+        for (name, label, ..) in to.rows.iter().filter(|(name, ..)| rows.contains(name)) {
+            let of = |table: &Table, peer| median(&table.sorted(name, peer));
+            let ratio = |peer| of(to, peer).zip(of(from, peer)).map(|(to, from)| to / from);
+            let cell = |peer: &Peer| ratio(*peer).map_or("-".to_owned(), |r| format!("{r:.3}"));
+            let cells: Vec<String> = to.peers.iter().map(cell).collect();
+            let (goal, met) = Goal::Most(GROWTH_MAX).judge(ratio(Peer::Vmm), None);
+            println!("| {label} | {} | {goal} | {} |", cells.join(" | "), word(met));
         }
     }
 }
@@ -78,6 +146,10 @@ impl Goal {
             Self::None => (String::new(), None),
         }
     }
+}
+
+fn word(met: Option<bool>) -> &'static str {
+    met.map_or("", |met| if met { "met" } else { "**missed**" })
 }
 
 fn median(sorted: &[f64]) -> Option<f64> {
