@@ -41,7 +41,7 @@ with --connect:
   --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 50ms)
   --timeout TIME          how long pre-copy may take (default 10m)
   --on-timeout WHAT       then: abort (default; the guest stays), stop-and-copy (whatever the downtime),
-                          throttle (slow the guest down until it converges)
+                          throttle (slow the guest down until it converges; give up at twice TIME)
   --bandwidth RATE        send at most this, in bit/s: 100M, 1G
   --dry-run               reserve, check and forecast; move nothing
   --json                  progress and report as JSON, one object a line (fields: src/api/API.md)
