@@ -3,7 +3,7 @@
 //! `bench` runs where the guests run, in a directory with the VMMs, the kernel and the initramfs
 //! (tests/bench/run lays it out). The peers take turns within each run, so that whatever else the
 //! machine does meets all of them; tables hold medians, and behind them the least and the greatest.
-//! `bench straight` is the part that needs no stock kernel. `bench guest ...` is the program inside
+//! `bench straight` and `bench ring` are parts that need no stock kernel. `bench guest ...` is the program inside
 //! the guests.
 //!
 //! Not an example to follow: cargo can place such a program nowhere else.
@@ -15,6 +15,7 @@ mod moves;
 mod peer;
 mod process;
 mod qmp;
+mod ring;
 mod snapshots;
 mod table;
 
@@ -92,9 +93,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
         ["guest", ref words @ ..] => guest::run(words),
+        ["ring"] => Settings::from_env().and_then(|settings| ring::run(&settings)),
         ["straight"] => Settings::from_env().map(|settings| boot::straight(&settings)),
         [] => Settings::from_env().and_then(|settings| measure(&settings)),
-        _ => Err("usage: bench [straight | guest ROLE ARGUMENTS]".into()),
+        _ => Err("usage: bench [straight | ring | guest ROLE ARGUMENTS]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -116,8 +118,8 @@ fn measure(settings: &Settings) -> Result<()> {
             "move-idle" => moves::measure(settings, &[0])?,
             "move-dirtying" => moves::measure(settings, &[moves::DIRTY_MIB])?,
             "snapshot" => snapshots::measure(settings)?,
-            // The two that tests/bench/run takes elsewhere.
-            "straight" | "throughput" => {}
+            // Those that tests/bench/run takes elsewhere.
+            "straight" | "ring" | "throughput" => {}
             other => return Err(format!("BENCH_ONLY: '{other}' is none of {PARTS}").into()),
         }
     }
