@@ -173,6 +173,13 @@ fn paused(trip: &mut Trip, there: &str) {
     trip.hears();
 }
 
+/// Whether this host's kernel can map RAM ahead: from Linux 6.11 on.
+fn maps_ahead() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(11))
+}
+
 #[test]
 fn four_vcpus_take_their_clocks_along() {
     const NAME: &str = "four_vcpus_take_their_clocks_along";
@@ -180,8 +187,13 @@ fn four_vcpus_take_their_clocks_along() {
         let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, ..Load::default() };
         let guest = Guest::new("6.12-cloud").cpus(4).mem("160M");
         let mut trip = Trip::start(guest.file("load", load::program()).run(&load.script(NAME)));
+        trip.log = "debug";
         for link in [Link::Tcp, Link::Unix] {
             trip.move_on(link, &[], &EASY);
+            trip.check(
+                trip.said_here().contains("of RAM mapped ahead") || !maps_ahead(),
+                "its RAM wasn't in KVM's page tables when it went on",
+            );
         }
         let told = trip.finish();
         trip.check(told.0.contains("load: starts on 4 vCPUs"), "it has fewer vCPUs");

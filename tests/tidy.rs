@@ -11,7 +11,7 @@ const TEST_LINES_MAX: usize = 420;
 /// Every file with `unsafe` in it, and how often at most. One more is a decision: make it here too.
 const UNSAFE_MAX: &[(&str, usize)] = &[
     ("src/api/socket.rs", 1),
-    ("src/arch/x86_64/vcpu_ioctl.rs", 3),
+    ("src/arch/x86_64/vcpu_ioctl.rs", 5),
     ("src/arch/x86_64/vcpu_state.rs", 1),
     ("src/backend/disk.rs", 1),
     ("src/backend/iovec.rs", 4),

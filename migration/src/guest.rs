@@ -238,6 +238,10 @@ pub trait Vacant: Sized {
     /// It isn't there; the migration is aborted.
     fn zero(&mut self, run: Run) -> Result<(), GuestError>;
 
+    /// A round of pages is whole, and the guest still runs at the source: time to make ready what can be,
+    /// such as mappings of the pages. It doesn't keep the source waiting.
+    fn round_ended(&mut self) {}
+
     /// Restores every section. The list is exactly the plan's: none missing, doubled or unknown.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use vmm_migration::plan::{Plan, SectionId};
 use vmm_migration::state::Section;
 
 use super::cpu;
+use super::mapping::Mapping;
 use crate::api::socket::{self, ControlSocket, SocketError};
 use crate::arch::clock::Downtime;
 use crate::backend::disk::{DiskError, Locking};
@@ -55,6 +56,8 @@ pub struct Destination {
 
 /// A guest that has its place here and never ran.
 pub struct VacantGuest {
+    /// Since the first round's end, until its state is there.
+    mapping: Option<Mapping>,
     machine: Machine,
     socket: ControlSocket,
     console: Arc<Console>,
@@ -99,7 +102,7 @@ impl Host for Destination {
             return Err(reasons);
         }
         let locks_seen = locks_seen(&machine);
-        let guest = VacantGuest { machine, socket, console, saved_clock_ns: None };
+        let guest = VacantGuest { mapping: None, machine, socket, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
     }
 }
@@ -169,14 +172,21 @@ impl Vacant for VacantGuest {
         Ok(memory.discard(slot, address - slot.start, run.bytes())?)
     }
 
+    fn round_ended(&mut self) {
+        if self.mapping.is_none() {
+            self.mapping = Mapping::start(&self.machine);
+        }
+    }
+
     fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
+        self.mapping = None;
         self.machine.restore(sections.to_vec(), Downtime::Passes).map_err(one_line)?;
         self.saved_clock_ns = sections.iter().find_map(crate::arch::clock::saved_kvmclock_ns);
         Ok(())
     }
 
     fn activate(self, paused: bool) -> Result<Active<Arrived>, GuestError> {
-        let Self { machine, socket, console, saved_clock_ns } = self;
+        let Self { mapping: _, machine, socket, console, saved_clock_ns } = self;
         let marks = take_disks(&machine)?;
         for (_, announcer) in &machine.core.platform.taps {
             announcer.request();

@@ -4,7 +4,8 @@
 //! - [`tracking`]: which pages of guest RAM were touched and written; `dirtiers`: by which vCPU;
 //! - [`cpu`]: what a guest's vCPUs need of a host;
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
-//! - [`arriving`]: the destination's guest; [`incoming`] drives it; [`verdicts`]: what is told a source in doubt;
+//! - [`arriving`]: the destination's guest, `mapping`: its RAM in KVM's page tables before it runs; [`incoming`]
+//!   drives it; [`verdicts`]: what is told a source in doubt;
 //! - [`snapshotting`], [`restoring`]: a guest into a directory, and out of it.
 
 pub mod arriving;
@@ -13,6 +14,7 @@ mod dirtiers;
 pub mod incoming;
 pub mod leaving;
 pub mod link;
+mod mapping;
 pub mod outgoing;
 pub mod restoring;
 pub mod snapshotting;

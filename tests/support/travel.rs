@@ -39,6 +39,8 @@ pub struct Trip {
     /// Lines typed on the console, and what it showed before this trip began.
     typed: u64,
     before: String,
+    /// What the destinations to come log (VMM_LOG), if not what users see.
+    pub log: &'static str,
 }
 
 /// A process that has, had or awaits the guest.
@@ -66,7 +68,16 @@ impl Trip {
 
     fn new(guest: Guest) -> Self {
         let (keyboard, keys) = pipe().unwrap();
-        Self { guest, stays: Vec::new(), here: 0, keys, keyboard, typed: 0, before: String::new() }
+        Self {
+            guest,
+            stays: Vec::new(),
+            here: 0,
+            keys,
+            keyboard,
+            typed: 0,
+            before: String::new(),
+            log: "",
+        }
     }
 
     /// Awaits a guest from another host at that port of this one.
@@ -114,6 +125,11 @@ impl Trip {
     /// What it showed where it is now.
     pub fn console_here(&self) -> String {
         self.read("console", self.here)
+    }
+
+    /// What the process that has the guest said and logged.
+    pub fn said_here(&self) -> String {
+        self.read("stderr", self.here)
     }
 
     /// Fails with everything that was said.
@@ -215,6 +231,7 @@ impl Trip {
     fn listen_at(&mut self, uri: &str, options: &[&str]) {
         let mut command = vmm(&["migrate", "--listen", uri]);
         command.args(options).arg("--control").arg(self.control(self.stays.len()));
+        command.env("VMM_LOG", self.log);
         self.spawn(command);
     }
 
@@ -246,7 +263,8 @@ impl Trip {
         let word = format!("vmm: the guest moved to {uri} with a downtime of ");
         let stderr = self.read("stderr", self.here);
         // One that took the guest in told of the stages first.
-        let last = stderr.lines().last().unwrap_or_default();
+        let mut said = stderr.lines().filter(|line| !line.starts_with("vmm: debug: "));
+        let last = said.next_back().unwrap_or_default();
         self.check(last.starts_with(&word), "the source's last word");
         self.check(!self.control(self.here).exists(), "the source's control socket is removed");
         let rounds = report["rounds"].as_array().unwrap();

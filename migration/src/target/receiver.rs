@@ -75,6 +75,7 @@ impl Common {
                 Ok(Incoming::Message(Message::Ping(token, _))) => Message::Pong(token),
                 Ok(Incoming::Message(Message::RoundEnd(end))) => {
                     self.progress.round = end.round.saturating_add(1);
+                    memory.guest.round_ended();
                     Message::RoundAck(RoundAck { round: end.round })
                 }
                 Ok(Incoming::Message(Message::StopAndCopy(stop))) => return Ok(stop),

@@ -19,7 +19,7 @@ mod kvm_bytes;
 pub mod layout;
 pub mod msr;
 pub mod tables;
-mod vcpu_ioctl;
+pub(crate) mod vcpu_ioctl;
 pub mod vcpu_state;
 
 use kvm_bindings::{
