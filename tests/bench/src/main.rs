@@ -3,13 +3,17 @@
 //! `bench` runs where the guests run, in a directory with the VMMs, the kernel and the initramfs
 //! (tests/bench/run lays it out). The peers take turns within each run, so that whatever else the
 //! machine does meets all of them; tables hold medians, and behind them the least and the greatest.
-//! `bench straight` and `bench ring` are parts that need no stock kernel. `bench guest ...` is the program inside
+//! `bench straight|cost|ring` are parts that need no stock kernel. `bench guest ...` is the program inside
 //! the guests.
 //!
 //! Not an example to follow: cargo can place such a program nowhere else.
 
 mod boot;
+mod cost;
 mod guest;
+#[path = "../../support/guests.rs"]
+#[allow(dead_code, reason = "one of them is used here")]
+mod guests;
 mod io;
 mod moves;
 mod peer;
@@ -93,10 +97,11 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
         ["guest", ref words @ ..] => guest::run(words),
+        ["cost"] => Settings::from_env().and_then(|settings| cost::measure(&settings)),
         ["ring"] => Settings::from_env().and_then(|settings| ring::run(&settings)),
         ["straight"] => Settings::from_env().map(|settings| boot::straight(&settings)),
         [] => Settings::from_env().and_then(|settings| measure(&settings)),
-        _ => Err("usage: bench [straight | ring | guest ROLE ARGUMENTS]".into()),
+        _ => Err("usage: bench [straight | cost | ring | guest ROLE ARGUMENTS]".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -119,7 +124,7 @@ fn measure(settings: &Settings) -> Result<()> {
             "move-dirtying" => moves::measure(settings, &[moves::DIRTY_MIB])?,
             "snapshot" => snapshots::measure(settings)?,
             // Those that tests/bench/run takes elsewhere.
-            "straight" | "ring" | "throughput" => {}
+            "straight" | "cost" | "ring" | "throughput" => {}
             other => return Err(format!("BENCH_ONLY: '{other}' is none of {PARTS}").into()),
         }
     }

@@ -60,10 +60,14 @@ impl Watched {
         }
     }
 
-    /// Lets it be for so long.
-    pub fn watch_for(&mut self, time: Duration) {
+    /// Lets it be for so long, or until it prints no more: whether it may still.
+    pub fn watch_for(&mut self, time: Duration) -> bool {
         let deadline = Instant::now() + time;
-        while Instant::now() < deadline && self.read_until(deadline) {}
+        let mut prints = true;
+        while prints && Instant::now() < deadline {
+            prints = self.read_until(deadline);
+        }
+        prints
     }
 
     /// When a text was there ("": anything).
@@ -120,6 +124,13 @@ impl Watched {
     /// When it printed the last that was taken in.
     pub fn last(&self) -> Option<Instant> {
         self.times.last().map(|(_, at)| *at)
+    }
+
+    /// KiB of anonymous memory: the guest's RAM, a file, is not among it. Quick, however large that is.
+    pub fn own_anonymous_kib(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        Ok(line.ok_or("no RssAnon")?.trim().trim_end_matches(" kB").parse()?)
     }
 
     /// KiB of its own that are resident: the guest's RAM is left out.

@@ -310,6 +310,49 @@ fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
     Ok([found as f64 / periods, total_us / periods, writes as f64 / seconds / 1e6])
 }
 
+/// The longest time in which a vCPU that writes all the while wrote nothing, from just before the dirty log of so
+/// much RAM is turned on until just after, in microseconds.
+pub fn stall_of_start_us(mib: u64) -> Result<f64> {
+    kick::install()?;
+    let (bench, vcpu) = Bench::new(Way::Log, mib, 1024)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let (full, go_on) = (channel().0, channel().1);
+    let thread = {
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || run_loop(vcpu, &stop, &full, &go_on))
+    };
+    while bench.writes()? < 1 << 20 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let ended = AtomicBool::new(false);
+    let longest = std::thread::scope(|scope| -> Result<Duration> {
+        let watch = scope.spawn(|| -> std::result::Result<_, vm_memory::GuestMemoryError> {
+            let read = || bench.memory.ram().read_obj::<u64>(GuestAddress(COUNT));
+            let (mut longest, mut since, mut count) = (Duration::ZERO, Instant::now(), read()?);
+            while !ended.load(Ordering::Relaxed) {
+                let (now, at) = (read()?, Instant::now());
+                longest = longest.max(at - since);
+                if now != count {
+                    (since, count) = (at, now);
+                }
+            }
+            Ok(longest)
+        });
+        std::thread::sleep(Duration::from_millis(1));
+        let started = bench.memory.register(&bench.vm, true);
+        std::thread::sleep(Duration::from_millis(1));
+        ended.store(true, Ordering::Relaxed);
+        started?;
+        Ok(watch.join().map_err(|_| "the watching thread panicked")??)
+    });
+    stop.store(true, Ordering::SeqCst);
+    while !thread.is_finished() {
+        kick::ThreadId::of(&thread).kick();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(longest?.as_secs_f64() * 1e6)
+}
+
 /// `bench ring`
 pub fn run(settings: &Settings) -> Result<()> {
     kick::install()?;

@@ -16,6 +16,8 @@ pub enum Goal {
     Times(f64),
     /// At most this, whatever the others do.
     Most(f64),
+    /// At least this.
+    Least(f64),
     /// None; it is told for what it tells.
     None,
 }
@@ -143,6 +145,7 @@ impl Goal {
             Self::Share(most) => (format!("≤ {most} × qemu"), ratio.map(|ratio| ratio <= most)),
             Self::Times(least) => (format!("≥ {least} × qemu"), ratio.map(|ratio| ratio >= least)),
             Self::Most(most) => (format!("≤ {most}"), ours.map(|ours| ours <= most)),
+            Self::Least(least) => (format!("≥ {least}"), ours.map(|ours| ours >= least)),
             Self::None => (String::new(), None),
         }
     }

@@ -1,0 +1,130 @@
+//! What a move costs, on this machine's own /dev/kvm: real processes, guests of a few instructions.
+//!
+//! One guest of 4 GiB dirties half of it without pause while its first round goes over TCP's loopback; just before,
+//! as much is copied from memory to memory through such a socket, the guest dirtying too. Another of 8 GiB has four
+//! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. Both ends'
+//! own memory (what is not the guest's RAM) is looked at all the while.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::guests::Guest;
+use crate::peer::Peer;
+use crate::process::{Watched, free_port, until_listening};
+use crate::table::{Goal, Row, Table};
+use crate::{Result, Settings, ring};
+
+const ROWS: &[Row] = &[
+    ("plain", "plain copy of 2 GiB over TCP's loopback", "MiB/s", Goal::None),
+    ("round", "first round, 2 GiB of a guest of 4 GiB", "MiB/s", Goal::None),
+    ("share", "... of the plain copy", "", Goal::Least(0.8)),
+    ("stall", "start of tracking, 8 GiB: longest stall of a vCPU", "ms", Goal::Most(1.0)),
+    ("save", "save of all state, 4 vCPUs", "ms", Goal::Most(2.0)),
+    ("restore", "restore of all state, 4 vCPUs", "ms", Goal::Most(5.0)),
+    ("source", "own memory of the source grows by", "MiB", Goal::Most(16.0)),
+    ("target", "own memory of the destination grows by", "MiB", Goal::Most(16.0)),
+];
+const DIRTY_MIB: u64 = 2048;
+const PIECE: usize = 1 << 20;
+const LOOK: Duration = Duration::from_millis(20);
+
+/// `bench cost`
+pub fn measure(settings: &Settings) -> Result<()> {
+    let title = "What a move costs, on this machine's /dev/kvm";
+    let mut table = Table::new(title, ROWS, &[Peer::Vmm]);
+    settings.each_of(&["a move under load", "a move of state"], &[Peer::Vmm], |which, peer| {
+        if which == 0 {
+            let plain = &mut None;
+            let (report, grown) = moved(Guest::dirtier(DIRTY_MIB, 0), 4096, 1, || {
+                *plain = Some(plain_copy()?);
+                Ok(())
+            })?;
+            let round = &report["rounds"][0];
+            let (mib, seconds) =
+                (number(&round["bytes"])? / 1048576.0, number(&round["time_us"])? / 1e6);
+            let plain = plain.ok_or("no plain copy")?;
+            table.note(peer, "plain", plain);
+            table.note(peer, "round", mib / seconds);
+            table.note(peer, "share", mib / seconds / plain);
+            table.note(peer, "source", grown[0]);
+            table.note(peer, "target", grown[1]);
+        } else {
+            let (report, _) = moved(Guest::dirtier(16, 0), 8192, 4, || Ok(()))?;
+            let downtime = &report["downtime"];
+            table.note(peer, "stall", ring::stall_of_start_us(8192)? / 1e3);
+            table.note(peer, "save", number(&downtime["save_us"])? / 1e3);
+            table.note(peer, "restore", number(&downtime["restore_us"])? / 1e3);
+        }
+        Ok(())
+    });
+    table.print();
+    Ok(())
+}
+
+fn number(value: &Value) -> Result<f64> {
+    value.as_f64().ok_or_else(|| format!("the report has {value} for a number").into())
+}
+
+/// Boots the guest, waits for its first pass, does something meanwhile, and moves it after one round. Gives the
+/// report, and by how many MiB the source's own memory grew, and the destination's beyond what the source's was.
+fn moved(
+    guest: Guest,
+    mem_mib: u32,
+    cpus: u32,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<(Value, [f64; 2])> {
+    let dir = std::env::temp_dir().join(format!("vmm-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&dir)?;
+    let [source_socket, target_socket] = ["source", "target"].map(|name| dir.join(name));
+    let vmm = |words: &[&str]| {
+        let mut command = Command::new("./vmm");
+        command.args(words);
+        command
+    };
+    let mut boot = vmm(&["run", "--mem", &format!("{mem_mib}M"), "--cpus", &cpus.to_string()]);
+    boot.arg("--kernel").arg(guest.write_to(&dir)).arg("--control").arg(&source_socket);
+    let mut source = Watched::spawn(&mut boot)?;
+    source.wait_for(".")?;
+    meanwhile()?;
+    let uri = format!("tcp:127.0.0.1:{}", free_port()?);
+    let mut listen = vmm(&["migrate", "--listen", &uri]);
+    let mut target = Watched::spawn(listen.arg("--control").arg(&target_socket))?;
+    until_listening(uri.rsplit(':').next().unwrap_or_default().parse()?)?;
+    let before = source.own_anonymous_kib()?;
+    let mut most = [before; 2];
+    let mut connect = vmm(&["migrate", "--connect", &uri, "--json", "--downtime-limit", "60s"]);
+    let mut client = Watched::spawn(connect.arg(&source_socket))?;
+    while client.watch_for(LOOK) {
+        for (most, end) in most.iter_mut().zip([&source, &target]) {
+            // One that has ended has nothing more.
+            *most = (*most).max(end.own_anonymous_kib().unwrap_or(0));
+        }
+    }
+    let text = client.wait_for_end()?;
+    target.wait_for(".")?;
+    drop((source, target));
+    std::fs::remove_dir_all(&dir)?;
+    let report = serde_json::from_str(text.lines().last().unwrap_or_default())?;
+    Ok((report, most.map(|most| (most - before) as f64 / 1024.0)))
+}
+
+/// MiB per second from memory to memory, through a socket like a migration's.
+fn plain_copy() -> Result<f64> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mut from = TcpStream::connect(listener.local_addr()?)?;
+    let mut to = listener.accept()?.0;
+    let len = usize::try_from(DIRTY_MIB)? * PIECE;
+    let (memory, mut into) = (vec![0x5a; len], vec![1; len]);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let sender =
+            scope.spawn(|| memory.chunks(PIECE).try_for_each(|piece| from.write_all(piece)));
+        into.chunks_mut(PIECE).try_for_each(|piece| to.read_exact(piece))?;
+        sender.join().map_err(|_| "the sender panicked")?.map_err(Box::from)
+    })
+    .map(|()| DIRTY_MIB as f64 / start.elapsed().as_secs_f64())
+}
