@@ -307,7 +307,8 @@ impl Machine {
     ) -> Result<(), E> {
         visit(0, &mut arch::chip_state::ChipPart { vm: &self.core.vm })?;
         let vcpus: Vec<_> = self.vcpus.iter().map(Vcpu::fd).collect();
-        visit(0, &mut ClockPart { vm: &self.core.vm, vcpus: &vcpus, downtime })?;
+        let ram = self.core.memory.ram();
+        visit(0, &mut ClockPart { vm: &self.core.vm, vcpus: &vcpus, ram, downtime })?;
         for vcpu in &mut self.vcpus {
             visit(vcpu.index(), vcpu)?;
         }

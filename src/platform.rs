@@ -22,11 +22,14 @@ use vmm_devices::virtio::worker::IoTask;
 use crate::arch::{layout, tables};
 use crate::backend::disk::{Disk, DiskError, DiskHandle, DiskOptions, Locking};
 use crate::backend::tap::{Tap, TapError, TapHandle};
-use crate::config::{Config, DiskConfig, NetConfig};
+use crate::config::{Config, DEVICES_MAX, DiskConfig, NetConfig};
 use crate::console::Console;
 use crate::event::{Event, GuestExit};
 use crate::irq::IrqFd;
 use crate::vcpu::Buses;
+
+// One slot is the entropy device's.
+const _: () = assert!(DEVICES_MAX + 1 == layout::VIRTIO_SLOTS_MAX as usize);
 
 /// Why a device could not be built.
 #[derive(Debug, thiserror::Error)]

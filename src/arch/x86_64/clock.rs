@@ -4,16 +4,17 @@
 //! real time and guest TSCs of one moment. The destination sets kvmclock ahead by the real time gone
 //! by, reads it back, and sets every TSC ahead by just as much through its offset. So kvmclock and
 //! TSCs stay in step, and vCPUs whose TSCs were equal have equal offsets, which KVM's master clock asks
-//! for.
+//! for. What is saved is kvmclock as the guest saw it, which may have drifted from KVM's own.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+use vmm_devices::GuestRam;
 use vmm_migration::state::{RestoreError, SaveError, Section, Stateful};
 
-use super::{msr, vcpu_ioctl};
+use super::{msr, pvclock, vcpu_ioctl};
 
 const KIND: &str = "clock";
 
@@ -22,8 +23,11 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// Longest believable time between KVM's reading of the clock and ours of the TSC, in milliseconds. A
 /// greater difference means that KVM scales the TSC, and then the reading counts, not the sum.
 const SAMPLE_GAP_MS_MAX: u64 = 1;
+/// The most that kvmclock as the guest sees it is believed to have drifted, in nanoseconds: KVM writes it anew every
+/// five minutes, and its page is the guest's to change.
+const DRIFT_NS_MAX: u64 = 1_000_000_000;
 /// How often the clocks are read at most, where no single call tells both.
-const READINGS_MAX: u32 = 4;
+const READINGS_MAX: u32 = 12;
 
 /// The guest's time at one moment, version 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +56,8 @@ struct Sample {
     kvmclock_ns: u64,
     realtime_ns: u64,
     tsc: Vec<u64>,
+    /// Whether KVM told both clocks of one moment: then kvmclock is made from the TSC.
+    exact: bool,
     /// `None` on a kernel without the attribute.
     offsets: Option<Vec<u64>>,
 }
@@ -63,6 +69,8 @@ pub struct ClockPart<'a> {
     pub vm: &'a VmFd,
     /// All of its vCPUs, by index.
     pub vcpus: &'a [&'a VcpuFd],
+    /// Guest RAM, where each vCPU's kvmclock is.
+    pub ram: &'a GuestRam,
     /// Whether the time since the save passes for the guest. No matter on save.
     pub downtime: Downtime,
 }
@@ -84,8 +92,17 @@ impl Stateful for ClockPart<'_> {
     fn save(&self) -> Result<ClockStateV1, SaveError> {
         let fail = |(what, source): Failure| SaveError { kind: KIND, what, source: source.into() };
         let tsc_khz = tsc_khz(self.vcpus).map_err(fail)?;
-        let Sample { kvmclock_ns, realtime_ns, tsc, offsets: _ } =
+        let Sample { mut kvmclock_ns, realtime_ns, tsc, exact, offsets: _ } =
             sample(self.vm, self.vcpus, tsc_khz).map_err(fail)?;
+        if !exact {
+            let seen = self.vcpus.iter().zip(&tsc);
+            let seen = seen.filter_map(|(vcpu, tsc)| pvclock::seen_ns(vcpu, self.ram, *tsc));
+            let believed = |ns: &u64| ns.abs_diff(kvmclock_ns) <= DRIFT_NS_MAX;
+            // The latest: no vCPU's clock may go back.
+            let latest = seen.filter(believed).max().unwrap_or(kvmclock_ns);
+            tracing::debug!("kvmclock: {kvmclock_ns} ns, {latest} ns as the guest sees it");
+            kvmclock_ns = latest;
+        }
         Ok(ClockStateV1 { kvmclock_ns, realtime_ns, tsc_khz, tsc })
     }
 
@@ -95,7 +112,7 @@ impl Stateful for ClockPart<'_> {
             what,
             source: source.into(),
         };
-        let Self { vm, vcpus, downtime } = *self;
+        let Self { vm, vcpus, ram: _, downtime } = *self;
         if state.tsc.len() != vcpus.len() {
             let why = format!("{} TSCs for {} vCPUs", state.tsc.len(), vcpus.len());
             return Err(RestoreError::Invalid { kind: KIND, why });
@@ -181,7 +198,8 @@ fn sample(vm: &VmFd, vcpus: &[&VcpuFd], khz: u32) -> Result<Sample, Failure> {
         let host_tsc = (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(clock.host_tsc);
         tsc = at_one_moment(first, offsets, host_tsc, khz);
     }
-    Ok(Sample { kvmclock_ns: clock.clock, realtime_ns, tsc, offsets })
+    let exact = clock.flags & KVM_CLOCK_HOST_TSC != 0;
+    Ok(Sample { kvmclock_ns: clock.clock, realtime_ns, tsc, exact, offsets })
 }
 
 /// KVM's clock, and the first vCPU's TSC just after. Where KVM doesn't tell the host's TSC of that moment, the

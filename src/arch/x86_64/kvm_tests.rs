@@ -15,12 +15,14 @@ use super::*;
 use crate::kernel::{Entry, Loaded};
 use crate::memory::{Backing, Memory};
 use crate::stats::FaultCount;
+use vmm_devices::GuestRam;
 
 /// A VM of `cpus` vCPUs as a machine configures them.
 struct Vm {
     vm: VmFd,
     vcpus: Vec<VcpuFd>,
     plan: MsrPlan,
+    ram: GuestRam,
 }
 
 /// `None`, said aloud, where `NO_KVM=1` allows it; a host without KVM fails otherwise.
@@ -45,7 +47,8 @@ impl Vm {
                 vcpu
             })
             .collect();
-        Self { vm, vcpus, plan: MsrPlan::new(kvm).unwrap() }
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        Self { vm, vcpus, plan: MsrPlan::new(kvm).unwrap(), ram }
     }
 
     fn save(&self, index: usize) -> vcpu_state::VcpuStateV1 {
@@ -226,10 +229,11 @@ fn move_clock(
     let from: Vec<_> = source.vcpus.iter().collect();
     let to: Vec<_> = target.vcpus.iter().collect();
     let start = Instant::now();
-    let saved = ClockPart { vm: &source.vm, vcpus: &from, downtime }.save().unwrap();
+    let saved =
+        ClockPart { vm: &source.vm, vcpus: &from, ram: &source.ram, downtime }.save().unwrap();
     std::thread::sleep(PAUSE);
     let restored = Instant::now();
-    let mut part = ClockPart { vm: &target.vm, vcpus: &to, downtime };
+    let mut part = ClockPart { vm: &target.vm, vcpus: &to, ram: &target.ram, downtime };
     part.restore(saved.clone()).unwrap();
     let again = part.save().unwrap();
     (saved, again, start.elapsed(), restored.elapsed())
@@ -271,7 +275,8 @@ fn a_clock_that_cannot_be_is_refused() {
     let Some(kvm) = kvm() else { return };
     let vm = Vm::new(&kvm, 1);
     let vcpus: Vec<_> = vm.vcpus.iter().collect();
-    let mut part = ClockPart { vm: &vm.vm, vcpus: &vcpus, downtime: Downtime::Passes };
+    let mut part =
+        ClockPart { vm: &vm.vm, vcpus: &vcpus, ram: &vm.ram, downtime: Downtime::Passes };
     let mut two = part.save().unwrap();
     two.tsc.push(0);
     assert!(matches!(part.restore(two), Err(RestoreError::Invalid { .. })));

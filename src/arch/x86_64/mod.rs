@@ -18,6 +18,7 @@ pub mod cpuid;
 mod kvm_bytes;
 pub mod layout;
 pub mod msr;
+mod pvclock;
 pub mod tables;
 pub(crate) mod vcpu_ioctl;
 pub mod vcpu_state;

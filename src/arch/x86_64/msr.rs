@@ -38,6 +38,8 @@ pub mod index {
     pub const MTRR_DEF_TYPE: u32 = 0x2ff;
     /// `IA32_TSC_DEADLINE`.
     pub const TSC_DEADLINE: u32 = 0x6e0;
+    /// `MSR_KVM_SYSTEM_TIME_NEW`: where a vCPU's kvmclock is in guest RAM.
+    pub const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
     /// `MSR_KVM_WALL_CLOCK` and `MSR_KVM_SYSTEM_TIME` by their old numbers: the same state as the new.
     pub const KVM_CLOCK_OLD: [u32; 2] = [0x11, 0x12];
     /// AMD's `DE_CFG`.
