@@ -114,30 +114,34 @@ impl Input {
 
     /// The thread: runs until [`Message::Stop`], or until the console is gone.
     pub fn run(mut self) {
-        loop {
-            self.watch_foreground();
-            let ready = match self.wait() {
-                Ok(ready) => ready,
-                Err(Errno::INTR) => continue,
-                Err(e) => {
-                    tracing::error!("console: can't wait for input: {e}");
-                    return;
-                }
-            };
-            if ready.notice {
-                self.notice.take();
-                if !self.obey() {
-                    return;
-                }
+        while self.turn() {}
+    }
+
+    /// Waits once, and does what there is to do. False if the thread is to end.
+    fn turn(&mut self) -> bool {
+        self.watch_foreground();
+        let ready = match self.wait() {
+            Ok(ready) => ready,
+            Err(Errno::INTR) => return true,
+            Err(e) => {
+                tracing::error!("console: can't wait for input: {e}");
+                return false;
             }
-            if ready.listener {
-                self.accept();
+        };
+        if ready.notice {
+            self.notice.take();
+            if !self.obey() {
+                return false;
             }
-            if ready.input || ready.hung_up {
-                self.read(ready.hung_up);
-            }
-            self.pump();
         }
+        if ready.listener {
+            self.accept();
+        }
+        if ready.input || ready.hung_up {
+            self.read(ready.hung_up);
+        }
+        self.pump();
+        true
     }
 
     /// Whether a user sits at a terminal.
@@ -202,7 +206,8 @@ impl Input {
             match self.messages.try_recv() {
                 Ok(Message::Attach(uart)) => self.uart = Some(uart),
                 Ok(Message::Detach(done)) => {
-                    self.uart = None;
+                    // What the guest can't take any more is left to whoever reads for it next.
+                    (self.uart, self.room) = (None, 0);
                     // Somebody who asked and went away isn't waiting.
                     let _ = done.send(());
                 }
@@ -245,6 +250,7 @@ impl Input {
                     Err(_) => {}
                 }
             }
+            Source::Stream if self.room == 0 => {}
             Source::Stream => match read_stream(io::stdin().as_fd(), self.room) {
                 Ok(bytes) if bytes.is_empty() => self.source = Source::None,
                 Ok(bytes) => self.typed.extend(bytes),
@@ -256,6 +262,9 @@ impl Input {
             },
             Source::Socket { client, .. } => {
                 let Some(served) = client else { return };
+                if self.room == 0 && !hung_up {
+                    return;
+                }
                 // A client that left doesn't hold the place until the guest has read all it sent.
                 let most = if hung_up { TYPED_LEN_MAX } else { self.room };
                 let bytes = read_stream(served.stream.as_fd(), most).unwrap_or_default();
@@ -325,4 +334,36 @@ fn read_stream(fd: BorrowedFd<'_>, most: usize) -> Result<Vec<u8>, Errno> {
     };
     buffer.truncate(count);
     Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::output::Sink;
+    use super::*;
+
+    /// A guest that stops to move, just when somebody has typed: the bytes are not this process's any more.
+    #[test]
+    fn nothing_is_read_for_a_guest_that_was_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = Arc::new(ControlSocket::bind(&dir.path().join("console")).unwrap());
+        let (mut typist, stream) = UnixStream::pair().unwrap();
+        let left = stream.try_clone().unwrap();
+        let client = Some(Client { stream, sent_all: false });
+        let source = Source::Socket { socket, client, arrivals: std::sync::mpsc::channel().0 };
+        let notice = Arc::new(Notice::new().unwrap());
+        let (messages, inbox) = std::sync::mpsc::channel();
+        let output = Output::start(Sink::Closed, Arc::clone(&notice)).unwrap();
+        let events = std::sync::mpsc::channel().0;
+        let mut input = Input::new(source, Arc::clone(&notice), inbox, events, output);
+        input.room = 16;
+
+        typist.write_all(b"typed").unwrap();
+        let (done, is_done) = std::sync::mpsc::sync_channel(1);
+        messages.send(Message::Detach(done)).unwrap();
+        notice.give();
+        assert!(input.turn());
+        is_done.try_recv().unwrap();
+        assert!(input.typed.is_empty(), "{:?}", input.typed);
+        assert_eq!(read_stream(left.as_fd(), 16).unwrap(), b"typed");
+    }
 }
