@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
@@ -252,19 +253,41 @@ fn run_loop(mut vcpu: VcpuFd, stop: &AtomicBool, full: &Sender<()>, go_on: &Rece
     }
 }
 
+/// The thread that runs the vCPU.
+struct Looping {
+    thread: JoinHandle<()>,
+    stop: Arc<AtomicBool>,
+    is_full: Receiver<()>,
+    go_on: Sender<()>,
+}
+
+impl Looping {
+    fn start(vcpu: VcpuFd) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let ((full, is_full), (go_on, wait)) = (channel(), channel());
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || run_loop(vcpu, &stopped, &full, &wait));
+        Self { thread, stop, is_full, go_on }
+    }
+
+    fn end(self) -> Result<()> {
+        self.stop.store(true, Ordering::SeqCst);
+        while !self.thread.is_finished() {
+            kick::ThreadId::of(&self.thread).kick();
+            let _ = self.go_on.send(());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(self.thread.join().map_err(|_| "the vCPU's thread panicked")?)
+    }
+}
+
 /// Measures one way: pages a harvest, microseconds a harvest, and the guest's writes a microsecond.
 fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
     let (mut bench, vcpu) = Bench::new(way, mib, pages)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let (full, is_full) = channel();
-    let (go_on, wait) = channel();
-    let thread = {
-        let stop = Arc::clone(&stop);
-        std::thread::spawn(move || run_loop(vcpu, &stop, &full, &wait))
-    };
+    let looping = Looping::start(vcpu);
     // All pages are there before anything is measured.
     while bench.writes()? < 3 * pages {
-        if thread.is_finished() {
+        if looping.thread.is_finished() {
             return Err("the guest ended".into());
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -278,7 +301,7 @@ fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
         let end = start + PERIOD * period;
         let mut busy = Duration::ZERO;
         loop {
-            let told = is_full.recv_timeout(end.saturating_duration_since(Instant::now()));
+            let told = looping.is_full.recv_timeout(end.saturating_duration_since(Instant::now()));
             if told == Err(RecvTimeoutError::Disconnected) {
                 return Err("the guest ended".into());
             }
@@ -290,7 +313,7 @@ fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
             if told.is_err() {
                 break;
             }
-            go_on.send(())?;
+            looping.go_on.send(())?;
         }
         taken.push(busy);
         if start.elapsed() >= SPAN {
@@ -298,13 +321,7 @@ fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
         }
     }
     let (seconds, writes) = (start.elapsed().as_secs_f64(), bench.writes()? - before);
-    stop.store(true, Ordering::SeqCst);
-    while !thread.is_finished() {
-        kick::ThreadId::of(&thread).kick();
-        let _ = go_on.send(());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    thread.join().map_err(|_| "the vCPU's thread panicked")?;
+    looping.end()?;
     let periods = taken.len() as f64;
     let total_us = taken.iter().sum::<Duration>().as_secs_f64() * 1e6;
     Ok([found as f64 / periods, total_us / periods, writes as f64 / seconds / 1e6])
@@ -315,12 +332,7 @@ fn measure(way: Way, mib: u64, pages: u64) -> Result<[f64; 3]> {
 pub fn stall_of_start_us(mib: u64) -> Result<f64> {
     kick::install()?;
     let (bench, vcpu) = Bench::new(Way::Log, mib, 1024)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let (full, go_on) = (channel().0, channel().1);
-    let thread = {
-        let stop = Arc::clone(&stop);
-        std::thread::spawn(move || run_loop(vcpu, &stop, &full, &go_on))
-    };
+    let looping = Looping::start(vcpu);
     while bench.writes()? < 1 << 20 {
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -345,11 +357,7 @@ pub fn stall_of_start_us(mib: u64) -> Result<f64> {
         started?;
         Ok(watch.join().map_err(|_| "the watching thread panicked")??)
     });
-    stop.store(true, Ordering::SeqCst);
-    while !thread.is_finished() {
-        kick::ThreadId::of(&thread).kick();
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    looping.end()?;
     Ok(longest?.as_secs_f64() * 1e6)
 }
 
