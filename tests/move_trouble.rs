@@ -90,7 +90,7 @@ fn cancelled_at_the_destination() {
     if has_kvm() {
         let (source, client, destination) = in_pre_copy();
         destination.signal(Signal::INT);
-        client.wait().check_failed(&["the other side"]);
+        client.wait().check_failed(&["the destination"]);
         check_gone(destination, &["cancelled"]);
         check_stayed(source);
     }
@@ -101,7 +101,7 @@ fn the_destination_is_killed() {
     if has_kvm() {
         let (source, client, destination) = in_pre_copy();
         destination.signal(Signal::KILL);
-        client.wait().check_failed(&["the other side"]);
+        client.wait().check_failed(&["the destination"]);
         check_stayed(source);
     }
 }
@@ -122,7 +122,7 @@ fn the_destination_stands_still() {
         let (source, client, destination) = in_pre_copy();
         destination.signal(Signal::STOP);
         let start = Instant::now();
-        client.wait().check_failed(&["the other side has not answered or taken data for 10"]);
+        client.wait().check_failed(&["the destination has not answered or taken data for 10"]);
         let taken = start.elapsed();
         assert!(taken > Duration::from_secs(5) && taken < Duration::from_secs(30), "{taken:?}");
         destination.signal(Signal::CONT);
@@ -176,7 +176,7 @@ fn nobody_listens() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let nowhere = format!("tcp:127.0.0.1:{port}");
     source.try_move(&nowhere, &[]).check_failed(&["can't connect", &nowhere, "refused"]);
-    source.try_move("exec:exit 3", &[]).check_failed(&["the other side"]);
+    source.try_move("exec:exit 3", &[]).check_failed(&["the destination"]);
     source.try_move("exec:echo hello; cat", &[]).check_failed(&["not a vmm stream"]);
     let answer = source.try_move("stdio", &[]);
     assert!(answer.status == Some(2) && answer.err.contains("use exec:"), "{answer:?}");

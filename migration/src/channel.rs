@@ -65,15 +65,35 @@ pub enum Flow {
     Cancel,
 }
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// The source, as a destination's peer.
+    Source,
+    /// The destination, as a source's peer.
+    Destination,
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "the source",
+            Self::Destination => "the destination",
+        })
+    }
+}
+
 /// Why a message didn't get through.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// The connection ended.
-    #[error("the other side closed the connection")]
-    Closed,
+    #[error("{0} closed the connection")]
+    Closed(Peer),
     /// The peer let a deadline pass.
-    #[error("the other side has not answered or taken data for {ms} ms")]
+    #[error("{peer} has not answered or taken data for {ms} ms")]
     TimedOut {
+        /// Who.
+        peer: Peer,
         /// The deadline, in milliseconds.
         ms: u128,
     },
@@ -87,11 +107,13 @@ pub enum ChannelError {
     #[error(transparent)]
     Wire(#[from] WireError),
     /// The peer gave up and said why.
-    #[error("the other side says: {}", .0.join("; "))]
-    Peer(Vec<String>),
+    #[error("{_0} says: {}", .1.join("; "))]
+    Peer(Peer, Vec<String>),
     /// A message that has no place here.
-    #[error("the other side sent {found} where {expected} belongs")]
+    #[error("{peer} sent {found} where {expected} belongs")]
     Unexpected {
+        /// Who.
+        peer: Peer,
         /// What arrived.
         found: &'static str,
         /// What had to.
@@ -123,16 +145,17 @@ impl<'a> Wait<'a> {
         (self.poll)()
     }
 
-    /// Whether it is too late, for an operation that began at `start`.
-    fn late(&self, start: Duration, now: Duration) -> Option<ChannelError> {
+    /// If it is too late, for an operation that began at `start`: for how long it lasts, in milliseconds.
+    fn late(&self, start: Duration, now: Duration) -> Option<u128> {
         let late = (now > start && now - start >= self.still)
             || self.until.is_some_and(|until| now >= until);
-        late.then_some(ChannelError::TimedOut { ms: (now - start).as_millis() })
+        late.then_some((now - start).as_millis())
     }
 }
 
 /// One connection.
 pub struct Channel {
+    peer: Peer,
     io: Box<dyn Transport>,
     clock: Box<dyn Clock>,
     bandwidth: Option<u64>,
@@ -158,10 +181,11 @@ impl std::fmt::Debug for Channel {
 }
 
 impl Channel {
-    /// A channel over a fresh connection.
+    /// A channel over a fresh connection, as a source has it.
     #[must_use]
     pub fn new(io: impl Transport + 'static, clock: impl Clock + 'static) -> Self {
         Self {
+            peer: Peer::Destination,
             io: Box::new(io),
             clock: Box::new(clock),
             bandwidth: None,
@@ -176,6 +200,17 @@ impl Channel {
             free_at: Duration::ZERO,
             broken: false,
         }
+    }
+
+    /// It is a destination's.
+    pub(crate) fn face_source(&mut self) {
+        self.peer = Peer::Source;
+    }
+
+    /// A message that has no place here.
+    pub(crate) fn unexpected(&self, found: &Message, expected: &'static str) -> ChannelError {
+        let found = wire::record_name(found.kind());
+        ChannelError::Unexpected { peer: self.peer, found, expected }
     }
 
     /// Sends at most so many bytes a second from here on. `None`: as many as go.
@@ -268,7 +303,7 @@ impl Channel {
         wait: &mut Wait,
     ) -> Result<(), ChannelError> {
         if self.broken {
-            return Err(ChannelError::Closed);
+            return Err(ChannelError::Closed(self.peer));
         }
         let mut left: usize = slices.iter().map(|slice| slice.len()).sum();
         let total = left;
@@ -276,13 +311,13 @@ impl Channel {
         let mut start = self.now();
         while left > 0 {
             match self.io.write_vectored(slices) {
-                Ok(0) => return self.break_off(ChannelError::Closed),
+                Ok(0) => return self.break_off(ChannelError::Closed(self.peer)),
                 Ok(count) => {
                     self.sent_bytes += count as u64;
                     left -= count;
                     IoSlice::advance_slices(&mut slices, count);
                     start = self.now();
-                    if let Some(error) = wait.late(start, start).filter(|_| left > 0) {
+                    if let Some(error) = self.late(wait, start, start).filter(|_| left > 0) {
                         return self.break_off(error);
                     }
                 }
@@ -317,6 +352,10 @@ impl Channel {
         }
     }
 
+    fn late(&self, wait: &Wait, start: Duration, now: Duration) -> Option<ChannelError> {
+        wait.late(start, now).map(|ms| ChannelError::TimedOut { peer: self.peer, ms })
+    }
+
     /// What to make of a failed call. `None`: try again.
     fn trouble(&self, e: io::Error, start: Duration, wait: &mut Wait) -> Option<ChannelError> {
         match e.kind() {
@@ -325,12 +364,12 @@ impl Channel {
                 if (wait.poll)() == Flow::Cancel {
                     return Some(ChannelError::Cancelled);
                 }
-                wait.late(start, self.now())
+                self.late(wait, start, self.now())
             }
             io::ErrorKind::BrokenPipe
             | io::ErrorKind::ConnectionReset
             | io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::UnexpectedEof => Some(ChannelError::Closed),
+            | io::ErrorKind::UnexpectedEof => Some(ChannelError::Closed(self.peer)),
             _ => Some(ChannelError::Io(e)),
         }
     }

@@ -68,11 +68,11 @@ impl MigrateError {
         matches!(self, Self::Channel { source: ChannelError::Cancelled, .. })
     }
 
-    /// Whether the connection is lost, and with it all news of the other side.
+    /// Whether the connection is lost, and with it all news of the peer.
     #[must_use]
     pub fn is_lost_connection(&self) -> bool {
         use ChannelError::{Closed, Io, TimedOut};
-        matches!(self, Self::Channel { source: Closed | TimedOut { .. } | Io(_), stage } if *stage != Stage::PreMigration)
+        matches!(self, Self::Channel { source: Closed(_) | TimedOut { .. } | Io(_), stage } if *stage != Stage::PreMigration)
     }
 
     /// The error and its causes, in one line.

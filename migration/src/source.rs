@@ -134,7 +134,7 @@ impl Common {
 
     /// The peer's last words, if the connection broke and it left some.
     fn explain(&mut self, error: ChannelError) -> ChannelError {
-        if !matches!(error, ChannelError::Closed | ChannelError::Io(_)) {
+        if !matches!(error, ChannelError::Closed(_) | ChannelError::Io(_)) {
             return error;
         }
         let mut poll = || Flow::Continue;
@@ -143,7 +143,7 @@ impl Common {
         loop {
             match self.channel.recv("a reason", &mut wait) {
                 Ok(_) => {}
-                Err(ChannelError::Peer(reasons)) => return ChannelError::Peer(reasons),
+                Err(said @ ChannelError::Peer(..)) => return said,
                 Err(_) => return error,
             }
         }
@@ -158,10 +158,8 @@ impl Common {
         pick: impl FnOnce(Message) -> Result<R, Message>,
     ) -> Result<R, MigrateError> {
         self.exchange(still, observer, |channel, wait| {
-            pick(channel.recv(expected, wait)?).map_err(|other| ChannelError::Unexpected {
-                found: crate::wire::record_name(other.kind()),
-                expected,
-            })
+            pick(channel.recv(expected, wait)?)
+                .map_err(|other| channel.unexpected(&other, expected))
         })
     }
 
@@ -169,7 +167,7 @@ impl Common {
     pub(crate) fn cancel(&mut self, error: &MigrateError) {
         let told = matches!(
             error,
-            MigrateError::Channel { source: ChannelError::Peer(_) | ChannelError::Closed, .. }
+            MigrateError::Channel { source: ChannelError::Peer(..) | ChannelError::Closed(_), .. }
         );
         if !told {
             let mut poll = || Flow::Continue;

@@ -140,6 +140,7 @@ pub fn accept(
     options: Options,
     observer: &mut dyn Observer,
 ) -> Result<Opening, Box<Ended>> {
+    channel.face_source();
     channel.put_preamble();
     let started = channel.now();
     let id = MigrationId([0; 16]);
@@ -202,8 +203,7 @@ impl Common {
     }
 
     pub(crate) fn unexpected(&mut self, found: &Message, expected: &'static str) -> Box<Ended> {
-        let found = crate::wire::record_name(found.kind());
-        let source = ChannelError::Unexpected { found, expected };
+        let source = self.channel.unexpected(found, expected);
         self.give_up(MigrateError::Channel { stage: self.progress.stage, source })
     }
 
@@ -219,7 +219,7 @@ impl Common {
     pub(crate) fn give_up(&mut self, error: MigrateError) -> Box<Ended> {
         let gone = matches!(
             error,
-            MigrateError::Channel { source: ChannelError::Peer(_) | ChannelError::Closed, .. }
+            MigrateError::Channel { source: ChannelError::Peer(..) | ChannelError::Closed(_), .. }
         );
         if !gone {
             self.tell(&Message::Failed(Reasons::one(error.line())));

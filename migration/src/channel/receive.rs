@@ -36,7 +36,9 @@ impl Channel {
     ) -> Result<Message, ChannelError> {
         match self.recv_any(wait)? {
             Incoming::Message(message) => Ok(message),
-            Incoming::Pages(_) => Err(ChannelError::Unexpected { found: "Pages", expected }),
+            Incoming::Pages(_) => {
+                Err(ChannelError::Unexpected { peer: self.peer, found: "Pages", expected })
+            }
         }
     }
 
@@ -64,7 +66,7 @@ impl Channel {
             match result? {
                 Err(WireError::UnknownRecord { .. }) if head.optional => {}
                 Ok(Message::Failed(r) | Message::Refused(r) | Message::Cancel(r)) => {
-                    return Err(ChannelError::Peer(r.reasons));
+                    return Err(ChannelError::Peer(self.peer, r.reasons));
                 }
                 message => return Ok(Incoming::Message(message?)),
             }
@@ -175,10 +177,10 @@ impl Channel {
         let start = self.now();
         loop {
             match self.io.read(into) {
-                Ok(0) => return Err(ChannelError::Closed),
+                Ok(0) => return Err(ChannelError::Closed(self.peer)),
                 Ok(count) => {
                     self.received_bytes += count as u64;
-                    return wait.late(start, self.now()).map_or(Ok(count), Err);
+                    return self.late(wait, start, self.now()).map_or(Ok(count), Err);
                 }
                 Err(e) => {
                     if let Some(error) = self.trouble(e, start, wait) {

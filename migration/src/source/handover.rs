@@ -199,10 +199,7 @@ fn read_answer(channel: &mut Channel, wait: &mut Wait) -> Result<Answer, Channel
     match channel.recv(EXPECTED, wait)? {
         Message::Activated(activated) => Ok(Answer::Activated(activated)),
         Message::NeverActivated(reasons) => Ok(Answer::NeverActivated(reasons.reasons)),
-        other => {
-            let found = crate::wire::record_name(other.kind());
-            Err(ChannelError::Unexpected { found, expected: EXPECTED })
-        }
+        other => Err(channel.unexpected(&other, EXPECTED)),
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Common, Ended, Target};
-use crate::channel::{ChannelError, Flow, Wait};
+use crate::channel::{Flow, Wait};
 use crate::error::MigrateError;
 use crate::guest::{Active, Vacant};
 use crate::message::{self, Activated, Message, Reasons};
@@ -130,10 +130,7 @@ impl<V: Vacant> Target<Restored<V>> {
             }
             Ok(other) => MigrateError::Channel {
                 stage: Stage::Commitment,
-                source: ChannelError::Unexpected {
-                    found: crate::wire::record_name(other.kind()),
-                    expected: "Commit of this migration",
-                },
+                source: common.channel.unexpected(&other, "Commit of this migration"),
             },
             Err(error) => error,
         };

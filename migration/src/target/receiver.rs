@@ -52,7 +52,7 @@ impl<V: Vacant> Target<Prepared<V>> {
                 ended.dry_run = dry_run
                     && matches!(
                         &ended.error,
-                        MigrateError::Channel { source: ChannelError::Peer(_), .. }
+                        MigrateError::Channel { source: ChannelError::Peer(..), .. }
                     );
                 Err(ended)
             }
