@@ -12,7 +12,7 @@ use linux_loader::loader::elf::start_info::{
     XEN_HVM_START_MAGIC_VALUE, hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-use vmm_devices::GuestRam;
+use vmm_devices::{GuestRam, power};
 
 use super::boot_regs::{BootRegs, Mode, write_gdt, write_page_tables};
 use super::layout;
@@ -144,8 +144,8 @@ pub fn renew_generation(ram: &GuestRam) -> Result<(), BootError> {
 /// Linux, on a hardware-reduced ACPI machine, takes EFI's reset for the one to use (`efi_reboot_required`)
 /// and never writes the register itself; without EFI it goes back to real mode and jumps to the vector.
 fn reset_code() -> [u8; 9] {
-    let [port_low, port_high] = (layout::POWER_PORT + layout::POWER_RESET).to_le_bytes();
-    let value = layout::POWER_RESET_VALUE;
+    let [port_low, port_high, ..] = (u64::from(layout::POWER_PORT) + power::RESET).to_le_bytes();
+    let value = power::RESET_VALUE;
     // mov al, value; mov dx, port; out dx, al; 1: hlt; jmp 1b
     [0xb0, value, 0xba, port_low, port_high, 0xee, 0xf4, 0xeb, 0xfd]
 }

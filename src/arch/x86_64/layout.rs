@@ -44,28 +44,11 @@ pub const GED_GSI: u32 = 5;
 /// Interrupt line of the first virtio device.
 pub const VIRTIO_GSI_FIRST: u32 = 6;
 
-/// First of the ports through which a guest sleeps, resets and asks what the event device wants.
+/// First of the ports through which a guest sleeps, resets and asks what the event device wants
+/// ([`vmm_devices::power`]).
 pub const POWER_PORT: u16 = 0x600;
-/// Number of those ports.
-pub const POWER_PORTS: u16 = 16;
 /// First of the keyboard controller's ports, of which only its reset line exists.
 pub const RESET_PORT: u16 = 0x60;
-/// Offset of the ACPI sleep control register (ACPI 6.5, 4.8.3.7), 8 bits.
-pub const POWER_SLEEP_CONTROL: u16 = 0;
-/// Offset of the ACPI sleep status register (ACPI 6.5, 4.8.3.7), 8 bits.
-pub const POWER_SLEEP_STATUS: u16 = 1;
-/// Offset of the ACPI reset register (ACPI 6.5, 4.8.3.6), 8 bits.
-pub const POWER_RESET: u16 = 2;
-/// What a guest writes to [`POWER_RESET`] to reset the machine.
-pub const POWER_RESET_VALUE: u8 = 1;
-/// Offset of the event device's status: bits [`GED_POWER_BUTTON`] and [`GED_VMGENID`]; a read clears it.
-pub const POWER_GED_STATUS: u16 = 3;
-/// Event: the power button was pressed.
-pub const GED_POWER_BUTTON: u8 = 1 << 0;
-/// Event: the VM generation id changed.
-pub const GED_VMGENID: u8 = 1 << 1;
-/// `SLP_TYPx` of S5, soft off: what `\_S5` says and the guest writes to the sleep control register.
-pub const SLEEP_TYPE_S5: u8 = 5;
 
 /// Global descriptor table of the boot CPU.
 pub const GDT: GuestAddress = GuestAddress(0x500);

@@ -20,7 +20,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 use vm_memory::Bytes;
-use vmm_devices::GuestRam;
+use vmm_devices::{GuestRam, power};
 
 use super::layout;
 
@@ -115,8 +115,8 @@ fn bytes(aml: &dyn Aml) -> Vec<u8> {
 }
 
 /// An 8-bit register in port space.
-fn port(offset: u16) -> GAS {
-    let address = u64::from(layout::POWER_PORT + offset);
+fn port(offset: u64) -> GAS {
+    let address = u64::from(layout::POWER_PORT) + offset;
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
 }
 
@@ -131,10 +131,10 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless);
     fadt.iapc_boot_arch = BOOT_ARCH.into();
-    fadt.reset_reg = port(layout::POWER_RESET);
-    fadt.reset_value = layout::POWER_RESET_VALUE;
-    fadt.sleep_control_reg = port(layout::POWER_SLEEP_CONTROL);
-    fadt.sleep_status_reg = port(layout::POWER_SLEEP_STATUS);
+    fadt.reset_reg = port(power::RESET);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = port(power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(power::SLEEP_STATUS);
     fadt.finalize()
 }
 
@@ -169,7 +169,7 @@ impl Aml for Dsdt {
 
 fn dsdt(d: &Description<'_>) -> Result<Dsdt, TablesError> {
     let mut aml = Vec::new();
-    let s5 = Package::new(vec![&layout::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
+    let s5 = Package::new(vec![&power::SLEEP_TYPE_S5, &ZERO, &ZERO, &ZERO]);
     Name::new("_S5_".into(), &s5).to_aml_bytes(&mut aml);
     let mut devices = serial();
     devices.extend(power_button());
@@ -238,9 +238,9 @@ fn vmgenid(address: u64) -> Result<Vec<u8>, TablesError> {
 fn event_device(with_vmgenid: bool) -> Vec<u8> {
     /// "Status changed" for the power button, "generation changed" for the id.
     const NOTIFICATION: u8 = 0x80;
-    let status = u32::from(layout::POWER_PORT + layout::POWER_GED_STATUS);
-    let pressed = And::new(&ZERO, &Local(0), &layout::GED_POWER_BUTTON);
-    let changed = And::new(&ZERO, &Local(0), &layout::GED_VMGENID);
+    let status = u64::from(layout::POWER_PORT) + power::EVENTS;
+    let pressed = And::new(&ZERO, &Local(0), &power::EVENT_POWER_BUTTON);
+    let changed = And::new(&ZERO, &Local(0), &power::EVENT_VMGENID);
     let (button, generation) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.VGEN"));
     let notify_button = Notify::new(&button, &NOTIFICATION);
     let notify_generation = Notify::new(&generation, &NOTIFICATION);
