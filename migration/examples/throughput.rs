@@ -2,7 +2,6 @@
 //!
 //! `cargo run --release -p vmm-migration --example throughput [MiB]`
 
-use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,11 @@ use vmm_migration::report::Progress;
 use vmm_migration::source::{self, Commitment, Deadlines, Options};
 use vmm_migration::state::Section;
 use vmm_migration::target::{self, Opening};
+
+#[path = "../../tests/bench/src/plain_copy.rs"]
+mod plain_copy;
+
+use plain_copy::plain_copy;
 
 /// A guest that does nothing: memory alone.
 struct Still(Vec<u8>);
@@ -165,20 +169,6 @@ fn pair() -> (TcpStream, TcpStream) {
     (a, b)
 }
 
-fn plain_copy(memory: &[u8]) -> f64 {
-    let (mut a, mut b) = pair();
-    // `write_all` and `read_exact` don't try again as a channel does.
-    a.set_write_timeout(None).expect("no SO_SNDTIMEO");
-    b.set_read_timeout(None).expect("no SO_RCVTIMEO");
-    let mut into = vec![0; memory.len()];
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        scope.spawn(|| memory.chunks(1 << 20).for_each(|c| a.write_all(c).expect("write")));
-        into.chunks_mut(1 << 20).for_each(|c| b.read_exact(c).expect("read"));
-    });
-    mib(memory) / start.elapsed().as_secs_f64()
-}
-
 fn mib(memory: &[u8]) -> f64 {
     f64::from(u32::try_from(memory.len() >> 20).expect("less than 4 PiB"))
 }
@@ -256,7 +246,10 @@ fn main() {
         page.fill(value);
     }
     for _ in 0..3 {
-        println!("plain copy: {:.0} MiB/s", plain_copy(&memory));
+        println!(
+            "plain copy: {:.0} MiB/s",
+            plain_copy(&memory, &mut vec![0; memory.len()]).expect("TCP")
+        );
         println!("round 0:    {:.0} MiB/s", migration(&memory));
     }
     memory.fill(0);

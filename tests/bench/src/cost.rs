@@ -5,15 +5,14 @@
 //! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. Both ends'
 //! own memory (what is not the guest's RAM) is looked at all the while.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::guests::Guest;
 use crate::peer::Peer;
+use crate::plain_copy::plain_copy;
 use crate::process::{Watched, free_port, until_listening};
 use crate::table::{Goal, Row, Table};
 use crate::{Result, Settings, ring};
@@ -29,7 +28,6 @@ const ROWS: &[Row] = &[
     ("target", "own memory of the destination grows by", "MiB", Goal::Most(16.0)),
 ];
 const DIRTY_MIB: u64 = 2048;
-const PIECE: usize = 1 << 20;
 const LOOK: Duration = Duration::from_millis(20);
 
 /// `bench cost`
@@ -40,7 +38,8 @@ pub fn measure(settings: &Settings) -> Result<()> {
         if which == 0 {
             let plain = &mut None;
             let (report, grown) = moved(Guest::dirtier(DIRTY_MIB, 0), 4096, 1, || {
-                *plain = Some(plain_copy()?);
+                let len = usize::try_from(DIRTY_MIB)? << 20;
+                *plain = Some(plain_copy(&vec![0x5a; len], &mut vec![1; len])?);
                 Ok(())
             })?;
             let round = &report["rounds"][0];
@@ -110,21 +109,4 @@ fn moved(
     std::fs::remove_dir_all(&dir)?;
     let report = serde_json::from_str(text.lines().last().unwrap_or_default())?;
     Ok((report, most.map(|most| (most - before) as f64 / 1024.0)))
-}
-
-/// MiB per second from memory to memory, through a socket like a migration's.
-fn plain_copy() -> Result<f64> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let mut from = TcpStream::connect(listener.local_addr()?)?;
-    let mut to = listener.accept()?.0;
-    let len = usize::try_from(DIRTY_MIB)? * PIECE;
-    let (memory, mut into) = (vec![0x5a; len], vec![1; len]);
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        let sender =
-            scope.spawn(|| memory.chunks(PIECE).try_for_each(|piece| from.write_all(piece)));
-        into.chunks_mut(PIECE).try_for_each(|piece| to.read_exact(piece))?;
-        sender.join().map_err(|_| "the sender panicked")?.map_err(Box::from)
-    })
-    .map(|()| DIRTY_MIB as f64 / start.elapsed().as_secs_f64())
 }

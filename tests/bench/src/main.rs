@@ -17,6 +17,7 @@ mod guests;
 mod io;
 mod moves;
 mod peer;
+mod plain_copy;
 mod process;
 mod qmp;
 mod ring;
