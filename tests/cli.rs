@@ -124,7 +124,7 @@ impl FakeVm {
         let mut state = "running";
         let config = json!({
             "name": name, "cpus": 2, "ram_bytes": 1 << 29,
-            "boot": { "kernel": "/k", "initrd": null, "cmdline": "quiet\u{1b}[2J" },
+            "boot": { "kernel": "/k", "initrd": null, "cmdline": "a=\"b c\" 'd'\u{1b}[2J" },
             "disks": [{ "id": "root", "path": "/r", "readonly": true }],
             "nets": [{ "id": "lan", "tap": "tap0", "mac": "52:54:00:00:00:01" }],
         });
@@ -319,7 +319,7 @@ fn a_vm_is_listed_shown_paused_resumed_and_stopped() {
         "disk      root: /r, read-only",
         "net       lan: tap0, 52:54:00:00:00:01",
         // Nothing that a VM tells can move the cursor.
-        "cmdline   quiet\\u{1b}[2J",
+        "cmdline   a=\"b c\" 'd'\\u{1b}[2J",
     ] {
         assert!(info.lines().any(|other| other == line), "{line} is missing: {info}");
     }

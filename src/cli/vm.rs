@@ -247,13 +247,20 @@ fn describe(options: &Options, info: &Value) -> String {
     out
 }
 
-/// A field of an answer as text on one line; `-` if it isn't there.
+/// A field of an answer as text on one line; `-` if it isn't there. What a terminal would obey is escaped.
 pub fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
-        Value::String(text) => text.escape_debug().to_string(),
+        // Quotation marks stand as they are: a kernel's command line has many.
+        Value::String(text) => text.split_inclusive(['"', '\'']).map(unquoted).collect(),
         other => other.to_string(),
     }
+}
+
+/// Text that holds a quotation mark at its end only.
+fn unquoted(text: &str) -> String {
+    let rest = text.trim_end_matches(['"', '\'']);
+    format!("{}{}", rest.escape_debug(), &text[rest.len()..])
 }
 
 /// A field that is a size in bytes.
