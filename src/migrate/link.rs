@@ -86,7 +86,10 @@ fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in (host, port).to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
             Err(e) => last = e,
         }
     }
@@ -97,8 +100,14 @@ fn channel(io: impl Transport + 'static) -> Channel {
     Channel::new(io, SystemClock::default())
 }
 
-fn tcp(stream: TcpStream) -> io::Result<Channel> {
+/// TCP's connections have `TCP_NODELAY`, whichever process uses them.
+fn accept_tcp(listener: &TcpListener) -> io::Result<TcpStream> {
+    let stream = listener.accept()?.0;
     stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn tcp(stream: TcpStream) -> io::Result<Channel> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(channel(stream))
@@ -232,9 +241,7 @@ impl Listener {
         match self {
             Self::Tcp(listener) => {
                 wait(listener, PollFlags::IN)?;
-                let stream = listener.accept()?.0;
-                stream.set_nodelay(true)?;
-                Ok(stream.into())
+                Ok(accept_tcp(listener)?.into())
             }
             Self::Unix(socket) => {
                 wait(socket.listener(), PollFlags::IN)?;
@@ -250,7 +257,7 @@ impl Listener {
     /// The kernel's.
     pub fn accept(&self) -> io::Result<Option<Channel>> {
         match self {
-            Self::Tcp(listener) => tcp(listener.accept()?.0).map(Some),
+            Self::Tcp(listener) => tcp(accept_tcp(listener)?).map(Some),
             Self::Unix(socket) => unix(socket.listener().accept()?.0).map(Some),
             Self::Stdio(used) => {
                 if used.swap(true, Ordering::SeqCst) {
