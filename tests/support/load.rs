@@ -328,3 +328,21 @@ fn listen(watch: &Watch) {
         watch.stop.store(true, Ordering::Relaxed);
     }
 }
+
+/// All that a guest said that has come to its end.
+pub struct Told(pub String);
+
+impl Told {
+    /// What it said that `name` is.
+    #[track_caller]
+    pub fn text(&self, name: &str) -> &str {
+        let found = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        found.unwrap_or_else(|| panic!("no {name}= in {}", self.0)).trim_end()
+    }
+
+    /// The number that it called `name`.
+    #[track_caller]
+    pub fn number(&self, name: &str) -> u64 {
+        self.text(name).parse().unwrap_or_else(|e| panic!("{name}: {e} in {}", self.0))
+    }
+}

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::linux::{Guest, LONG, vmm};
-use crate::load::{ClockWord, pace, tick};
+use crate::load::{ClockWord, Told, pace, tick};
 
 /// How long to wait between two looks at something.
 const LOOK: Duration = Duration::from_millis(20);
@@ -382,22 +382,4 @@ fn listens(address: &str, port: u16) -> bool {
     // 0A is LISTEN.
     let entry = format!("{address}:{port:04X} 00000000:0000 0A");
     fs::read_to_string("/proc/net/tcp").unwrap().contains(&entry)
-}
-
-/// All that a guest said that has come to its end.
-pub struct Told(pub String);
-
-impl Told {
-    /// What it said that `name` is.
-    #[track_caller]
-    pub fn text(&self, name: &str) -> &str {
-        let found = self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-        found.unwrap_or_else(|| panic!("no {name}= in {}", self.0)).trim_end()
-    }
-
-    /// The number that it called `name`.
-    #[track_caller]
-    pub fn number(&self, name: &str) -> u64 {
-        self.text(name).parse().unwrap_or_else(|e| panic!("{name}: {e} in {}", self.0))
-    }
 }
