@@ -76,7 +76,7 @@ fn boot(
     let origin = Origin::boot(&config);
     let mut machine = Machine::new(config, origin, console, events.clone())?;
     machine.load_kernel()?;
-    machine.start().map_err(|failed| failed.1)
+    Ok(machine.start())
 }
 
 struct Control<'a> {
@@ -172,18 +172,11 @@ impl Control<'_> {
                 reply.done(Ok(vm.info()));
                 Next::Go(vm)
             }
-            (Request::Resume, Vm::Paused(machine)) => match machine.start() {
-                Ok(running) => {
-                    let vm = Vm::Running(running);
-                    reply.done(Ok(vm.info()));
-                    Next::Go(vm)
-                }
-                Err(failed) => {
-                    let (machine, e) = *failed;
-                    reply.done(Err(ApiError::internal(e.to_string())));
-                    Next::Go(Vm::Paused(machine))
-                }
-            },
+            (Request::Resume, Vm::Paused(machine)) => {
+                let vm = Vm::Running(machine.start());
+                reply.done(Ok(vm.info()));
+                Next::Go(vm)
+            }
             (Request::Pause | Request::Resume, vm) => {
                 reply.done(Ok(vm.info()));
                 Next::Go(vm)

@@ -26,5 +26,6 @@ pub mod signals;
 pub mod stats;
 pub mod throttle;
 pub mod vcpu;
+pub mod vcpu_thread;
 pub mod vm;
 pub mod watch;

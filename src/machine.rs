@@ -28,6 +28,7 @@ use crate::migrate::cpu::{self, HostCpu};
 use crate::platform::{self, Platform, PlatformError};
 use crate::running::Running;
 use crate::vcpu::{Buses, Vcpu};
+use crate::vcpu_thread::VcpuThread;
 use crate::{dirty, kernel, kick};
 
 /// Why a machine could not be built, loaded or started.
@@ -152,7 +153,6 @@ impl Origin {
 pub(crate) struct Core {
     pub(crate) console: Arc<Console>,
     pub(crate) config: Config,
-    pub(crate) events: Sender<Event>,
     pub(crate) platform: Platform,
     pub(crate) host: HostCpu,
     /// Every stateful part by name.
@@ -160,6 +160,8 @@ pub(crate) struct Core {
     /// What the vCPUs need of a host that the machine moves to.
     pub(crate) needs: CpuNeeds,
     pub(crate) vm: VmFd,
+    /// One for each vCPU.
+    pub(crate) threads: Vec<VcpuThread>,
     /// Outlives the devices that lend to it.
     pub(crate) _io: IoThread,
     pub(crate) memory: Memory,
@@ -198,6 +200,8 @@ impl Machine {
         };
         let msrs = Arc::new(msr::MsrPlan::new(&kvm).map_err(MachineError::kvm("list its MSRs"))?);
         let vcpus = create_vcpus(&kvm, &vm, &cpuid, &msrs, config.cpus)?;
+        let threads = (0..config.cpus).map(|index| VcpuThread::start(index, events.clone()));
+        let threads = threads.collect::<io::Result<_>>().map_err(MachineError::Thread)?;
         let io = IoThread::start().map_err(MachineError::Thread)?;
         let (buses, platform) =
             platform::build(&config, &vm, memory.ram(), &io.endpoint(), console, &events, locking)?;
@@ -210,7 +214,7 @@ impl Machine {
         });
         let parts = Vec::new();
         let core =
-            Core { console, config, events, platform, host, parts, needs, vm, _io: io, memory };
+            Core { console, config, platform, host, parts, needs, vm, threads, _io: io, memory };
         let mut machine = Self { vcpus, buses, core: Box::new(core) };
         machine.core.parts = machine.list_parts();
         Ok(machine)
@@ -321,8 +325,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Lends the parts to their threads. An error gives the machine back, at rest.
-    pub fn start(self) -> Result<Running, Box<(Self, MachineError)>> {
+    /// Lends the parts to their threads.
+    #[must_use]
+    pub fn start(self) -> Running {
         Running::start(self)
     }
 

@@ -24,6 +24,12 @@ pub struct VcpuOrders {
 }
 
 impl VcpuOrders {
+    /// Takes all orders back, before the vCPU's thread is lent a vCPU.
+    pub fn reset(&self) {
+        self.stop.store(false, Ordering::SeqCst);
+        self.throttle(0);
+    }
+
     /// Asks the vCPU's thread to give its vCPU back. A kick follows.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);

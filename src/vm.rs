@@ -15,6 +15,12 @@ pub enum Vm {
 }
 
 impl Vm {
+    /// The machine in motion, unless its user paused it.
+    #[must_use]
+    pub fn go_on(machine: Machine, paused: bool) -> Self {
+        if paused { Self::Paused(machine) } else { Self::Running(machine.start()) }
+    }
+
     /// Brings the machine to rest.
     #[must_use]
     pub fn stop(self) -> Machine {

@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
 use vmm_devices::GuestSlice;
 use vmm_devices::backend::BlockBackend;
 
 use super::bounce::Bounce;
+use super::fingerprint::{Fingerprint, mark_changed};
 use super::iovec::{IoVecs, mark_dirty};
 use super::lock::{self, LockError, LockMode};
 
@@ -130,14 +130,6 @@ pub fn size_of(path: &Path) -> Result<u64, DiskError> {
     Disk::open(&options, Locking::Later)?.1.len()
 }
 
-/// See [`DiskHandle::fingerprint`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fingerprint {
-    len: u64,
-    /// Time of modification.
-    pub modified: SystemTime,
-}
-
 impl DiskHandle {
     /// Takes the lock: exclusively, for a read-only disk together with other readers.
     pub fn take_lock(&self) -> Result<(), LockError> {
@@ -179,15 +171,13 @@ impl DiskHandle {
 
     /// What changes when somebody writes the disk: size and time of modification.
     pub fn fingerprint(&self) -> Result<Fingerprint, DiskError> {
-        let metadata = self.file.metadata().map_err(self.kernel("read its attributes"))?;
-        let modified = metadata.modified().map_err(self.kernel("read its attributes"))?;
-        Ok(Fingerprint { len: metadata.len(), modified })
+        Fingerprint::of(&self.file).map_err(self.kernel("read its attributes"))
     }
 
-    /// Sets the time of modification: to now, which tells whoever kept a [`Fingerprint`] that the disk
-    /// has another owner, or back.
-    pub fn set_modified(&self, time: SystemTime) -> Result<(), DiskError> {
-        self.file.set_modified(time).map_err(self.kernel("mark it as changed"))
+    /// Changes the time of modification, which tells whoever kept a [`Fingerprint`] that the disk has another
+    /// owner.
+    pub fn mark_changed(&self) -> Result<(), DiskError> {
+        mark_changed(&self.file).map_err(self.kernel("mark it as changed"))
     }
 
     fn kernel(&self, what: &'static str) -> impl FnOnce(io::Error) -> DiskError + '_ {

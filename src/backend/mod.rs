@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 pub mod disk;
+pub mod fingerprint;
 pub mod lock;
 pub mod tap;
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::slice;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_devices::virtio::announce::announce_frames;
@@ -187,26 +187,12 @@ impl Vacant for VacantGuest {
 
     fn activate(self, paused: bool) -> Result<Active<Arrived>, GuestError> {
         let Self { mapping: _, machine, socket, console, saved_clock_ns } = self;
-        let marks = take_disks(&machine)?;
+        take_disks(&machine)?;
         for (_, announcer) in &machine.core.platform.taps {
             announcer.request();
         }
         let taps: Vec<_> = machine.core.platform.taps.to_vec();
-        let vm = if paused {
-            Vm::Paused(machine)
-        } else {
-            match machine.start() {
-                Ok(running) => Vm::Running(running),
-                Err(failed) => {
-                    let (machine, error) = *failed;
-                    for (disk, before) in machine.core.platform.disks.iter().zip(marks) {
-                        // It never ran: the source may find its disks as it left them.
-                        let _ = before.map(|time| disk.set_modified(time));
-                    }
-                    return Err(error.into());
-                }
-            }
-        };
+        let vm = Vm::go_on(machine, paused);
         let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
         let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
         announce(taps);
@@ -214,22 +200,16 @@ impl Vacant for VacantGuest {
     }
 }
 
-/// Takes every disk's lock and marks the writable ones as having another owner. Gives the time of
-/// modification that each had before.
-fn take_disks(machine: &Machine) -> Result<Vec<Option<SystemTime>>, GuestError> {
+/// Takes every disk's lock and marks the writable ones as having another owner.
+fn take_disks(machine: &Machine) -> Result<(), GuestError> {
     let disks = &machine.core.platform.disks;
     for disk in disks {
         disk.take_lock()?;
     }
-    let mut marks = Vec::new();
-    for disk in disks {
-        let before = if disk.is_writable() { Some(disk.fingerprint()?.modified) } else { None };
-        marks.push(before);
-    }
     for disk in disks.iter().filter(|disk| disk.is_writable()) {
-        disk.set_modified(SystemTime::now())?;
+        disk.mark_changed()?;
     }
-    Ok(marks)
+    Ok(())
 }
 
 /// Tells the network where the guest is now, a few rounds over half a second. What can't be sent

@@ -10,7 +10,7 @@ use vmm_migration::state::Section;
 
 use super::dirtiers::Dirtiers;
 use super::tracking;
-use crate::backend::disk::Fingerprint;
+use crate::backend::fingerprint::Fingerprint;
 use crate::machine::{Core, Machine};
 use crate::memory::PAGE_SIZE;
 use crate::vm::Vm;
@@ -76,15 +76,8 @@ impl Live for LiveGuest {
             machine.save().map(|sections| (sections, start.elapsed()))
         });
         self.dirtiers = Dirtiers::of(&machine);
-        let vm = if paused { Ok(Vm::Paused(machine)) } else { start_again(machine) };
+        self.vm = Some(Vm::go_on(machine, paused));
         self.stall_us = self.stall_us.max(micros(start.elapsed()));
-        match vm {
-            Ok(vm) => self.vm = Some(vm),
-            Err((machine, error)) => {
-                self.vm = Some(Vm::Paused(machine));
-                return Err(error);
-            }
-        }
         let (sections, save) = saved?;
         Ok(Example { sections, stop_us: micros(stopped + save) })
     }
@@ -139,16 +132,6 @@ impl Live for LiveGuest {
             Vm::Running(running) => (running.stop(), false),
         };
         Ok(HaltedGuest { machine, paused, released: Vec::new() })
-    }
-}
-
-fn start_again(machine: Machine) -> Result<Vm, (Machine, GuestError)> {
-    match machine.start() {
-        Ok(running) => Ok(Vm::Running(running)),
-        Err(failed) => {
-            let (machine, error) = *failed;
-            Err((machine, error.into()))
-        }
     }
 }
 
@@ -233,17 +216,9 @@ impl Halted for HaltedGuest {
     }
 
     fn resume(self) -> Result<LiveGuest, Failed<Self>> {
-        let Self { machine, paused, released } = self;
+        let Self { machine, paused, .. } = self;
         tracking::stop(&machine.core.vm, &machine.core.memory);
-        if paused {
-            return Ok(LiveGuest::new(Vm::Paused(machine)));
-        }
-        match start_again(machine) {
-            Ok(vm) => Ok(LiveGuest::new(vm)),
-            Err((machine, error)) => {
-                Err(Failed { guest: Self { machine, paused, released }, error })
-            }
-        }
+        Ok(LiveGuest::new(Vm::go_on(machine, paused)))
     }
 }
 

@@ -132,11 +132,7 @@ pub fn restore(
         announcer.request();
     }
     let taps = machine.core.platform.taps.to_vec();
-    let vm = if paused {
-        Vm::Paused(machine)
-    } else {
-        Vm::Running(machine.start().map_err(|failed| failed.1)?)
-    };
+    let vm = Vm::go_on(machine, paused);
     arriving::announce(taps);
     Ok(Arrived { vm, socket, console })
 }
