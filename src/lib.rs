@@ -3,6 +3,7 @@
 pub mod api;
 pub mod arch;
 pub mod backend;
+pub mod background;
 pub mod chain;
 pub mod cli;
 pub mod config;

@@ -9,6 +9,7 @@ use serde_json::json;
 use vmm_migration::report::Report;
 use vmm_migration::source::Decision;
 
+use crate::background;
 use crate::config::Config;
 use crate::event::{ApiError, Event, MigrateRequest, Reply, Request, Resolution, SnapshotRequest};
 use crate::migrate::outgoing::{self, Departure, Pending};
@@ -128,6 +129,7 @@ enum Word {
 fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {
     match departure {
         Departure::Moved { left, report } => {
+            background::enter();
             drop(left);
             reply.done(Ok(outgoing::report_json(&report)));
             Moved::Away(format!("the guest moved to {uri}{}", told(&report)))

@@ -1,0 +1,13 @@
+//! Work that nobody waits for: it leaves the processors to the guests.
+
+/// From now on the calling thread runs only where no other wants to (`SCHED_IDLE`, sched(7)). Used for what is left to
+/// do when a guest has moved: where both ends of a move are on one host, giving back the source's memory would
+/// take time from the guest's first steps at the destination.
+pub fn enter() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the call reads `parameters`, which live; 0 names the calling thread.
+    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    if done != 0 {
+        tracing::debug!("not in the background: {}", std::io::Error::last_os_error());
+    }
+}
