@@ -159,7 +159,7 @@ pub(crate) struct Core {
     pub(crate) parts: Vec<SectionId>,
     /// What the vCPUs need of a host that the machine moves to.
     pub(crate) needs: CpuNeeds,
-    pub(crate) vm: VmFd,
+    pub(crate) vm: Arc<VmFd>,
     /// One for each vCPU.
     pub(crate) threads: Vec<VcpuThread>,
     /// Outlives the devices that lend to it.
@@ -185,7 +185,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         kick::install().map_err(MachineError::Thread)?;
         let kvm = open_kvm()?;
-        let vm = kvm.create_vm().map_err(MachineError::kvm("create a VM"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(MachineError::kvm("create a VM"))?);
         dirty::enable_manual_protect(&vm)
             .map_err(|source| MachineError::Kvm { what: "track dirty pages", source })?;
         let Origin { backing, locking, needs } = origin;

@@ -2,6 +2,7 @@
 //! backend. Wires them to KVM and to the I/O thread.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use event_manager::RemoteEndpoint;
@@ -25,7 +26,7 @@ use crate::backend::tap::{Tap, TapError, TapHandle};
 use crate::config::{Config, DEVICES_MAX, DiskConfig, NetConfig};
 use crate::console::Console;
 use crate::event::{Event, GuestExit};
-use crate::irq::IrqFd;
+use crate::irq::IrqPin;
 use crate::vcpu::Buses;
 
 // One slot is the entropy device's.
@@ -82,7 +83,7 @@ impl Platform {
 /// Builds the devices of `config`, each in its state after power-on.
 pub(crate) fn build(
     config: &Config,
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     ram: &GuestRam,
     io: &RemoteEndpoint<IoTask>,
     console: &Console,
@@ -106,8 +107,12 @@ pub(crate) fn build(
     Ok((buses, Platform { virtio, serial, power, disks, taps }))
 }
 
-fn add_serial(buses: &mut Buses, vm: &VmFd, console: &Console) -> Result<SlotId, PlatformError> {
-    let line = IrqFd::new(vm, layout::SERIAL_GSI).map_err(wire("serial"))?;
+fn add_serial(
+    buses: &mut Buses,
+    vm: &Arc<VmFd>,
+    console: &Console,
+) -> Result<SlotId, PlatformError> {
+    let line = IrqPin::new(vm, layout::SERIAL_GSI);
     let start = u64::from(layout::SERIAL_PORT);
     let device = Serial::new(line, console.wire());
     Ok(buses.pio.insert(start..start + serial::SIZE, Box::new(device))?)
@@ -115,7 +120,7 @@ fn add_serial(buses: &mut Buses, vm: &VmFd, console: &Console) -> Result<SlotId,
 
 fn add_power(
     buses: &mut Buses,
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     events: &Sender<Event>,
 ) -> Result<SlotId, PlatformError> {
     let sink = || -> PowerSink {
@@ -129,7 +134,7 @@ fn add_power(
             let _ = events.send(Event::Guest(exit));
         })
     };
-    let line = IrqFd::new(vm, layout::GED_GSI).map_err(wire("power"))?;
+    let line = IrqPin::new(vm, layout::GED_GSI);
     let start = u64::from(layout::POWER_PORT);
     let slot = buses.pio.insert(start..start + power::SIZE, Box::new(Power::new(line, sink())))?;
     let start = u64::from(layout::RESET_PORT);
@@ -138,7 +143,7 @@ fn add_power(
 }
 
 struct Builder<'a> {
-    vm: &'a VmFd,
+    vm: &'a Arc<VmFd>,
     ram: &'a GuestRam,
     io: &'a RemoteEndpoint<IoTask>,
     locking: Locking,
@@ -164,14 +169,14 @@ impl Builder<'_> {
         Ok((handle, announcer))
     }
 
-    /// Puts a virtio device into the next slot: its interrupt is an irqfd, each queue's notification
-    /// an ioeventfd.
+    /// Puts a virtio device into the next slot: its interrupt is a pin of the I/O APIC, each queue's
+    /// notification an ioeventfd.
     fn add(&mut self, id: String, device: Box<dyn VirtioDevice>) -> Result<(), PlatformError> {
         let too_many = || PlatformError::TooMany(layout::VIRTIO_SLOTS_MAX - 1);
         let index = u32::try_from(self.virtio.len()).map_err(|_| too_many())?;
         let base = layout::virtio_base(index).ok_or_else(too_many)?;
         let gsi = layout::virtio_gsi(index).ok_or_else(too_many)?;
-        let line = IrqFd::new(self.vm, gsi).map_err(wire(&id))?;
+        let line = IrqPin::new(self.vm, gsi);
         let transport = VirtioMmio::new(device, self.ram.clone(), line, Box::new(self.io.clone()))
             .map_err(wire(&id))?;
         let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
