@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::event::{ApiError, Event, Reply, Request};
 use crate::vm::Vm;
 
-/// How often a client hears of the progress.
+/// How often a client hears of the progress, beside each stage's beginning.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(100);
 
 /// What is under way.
@@ -60,7 +60,7 @@ pub struct Watch<'a> {
     deferred: &'a mut VecDeque<Event>,
     config: &'a Config,
     reply: Option<&'a Reply>,
-    told: Option<(Instant, Stage, u32)>,
+    told: Option<(Instant, Stage)>,
     /// Somebody or something ends it: what, if it wasn't asked for.
     cancelled: Option<Option<&'static str>>,
 }
@@ -88,11 +88,11 @@ impl<'a> Watch<'a> {
 
     fn tell(&mut self, progress: &Progress) {
         let now = Instant::now();
-        let due = self.told.is_none_or(|(at, stage, round)| {
-            now - at >= PROGRESS_PERIOD || (stage, round) != (progress.stage, progress.round)
-        });
+        let due = self
+            .told
+            .is_none_or(|(at, stage)| now - at >= PROGRESS_PERIOD || stage != progress.stage);
         if let Some(reply) = self.reply.filter(|_| due) {
-            self.told = Some((now, progress.stage, progress.round));
+            self.told = Some((now, progress.stage));
             // A client that has gone away changes nothing.
             let _ = reply.progress(value(progress));
         }

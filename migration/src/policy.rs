@@ -2,7 +2,9 @@
 //!
 //! The predicted downtime is the fixed cost of the stop (measured on the example at reservation, and the
 //! round trips) plus the time that the pages dirty now take at the rate measured. Below the limit the
-//! guest is stopped, unless one more round promises to make it much shorter still.
+//! guest is stopped, unless one more round promises to make it much shorter still. A round that didn't keep
+//! that promise is the last: a guest that dirties the same few pages over and over would pay for more of them
+//! with a page fault for each page.
 
 use std::time::Duration;
 
@@ -10,8 +12,8 @@ use crate::pages::PAGE_SIZE;
 
 /// Strongest throttle, in percent.
 pub const THROTTLE_PERCENT_MAX: u8 = 99;
-/// Rounds spent on making a downtime that is within the limit shorter still.
-const REFINE_ROUNDS_MAX: u32 = 20;
+/// How small each round has to be beside the one before, to make a downtime within the limit shorter still.
+const SHRINK: f64 = 0.7;
 /// Rate assumed before anything was sent, in bytes a second.
 const RATE_UNKNOWN: f64 = 1e9;
 /// A page and its share of the table, on the wire.
@@ -102,7 +104,8 @@ pub struct Policy {
     limits: Limits,
     data_bytes: f64,
     data_seconds: f64,
-    refined: u32,
+    /// At the end of the last round.
+    dirty_pages: f64,
     /// How much of the guest's speed the throttle is to take, from 0 to 1, and what each vCPU is slowed down by.
     throttle: f64,
     percents: Vec<u8>,
@@ -116,7 +119,7 @@ impl Policy {
             limits,
             data_bytes: 0.0,
             data_seconds: 0.0,
-            refined: 0,
+            dirty_pages: f64::INFINITY,
             throttle: 0.0,
             percents: Vec::new(),
         }
@@ -155,10 +158,11 @@ impl Policy {
         ratio: f64,
     ) -> Decision {
         let fixed = now.fixed.as_secs_f64();
+        let dirty_pages = float(now.dirty_pages);
+        let shrank = dirty_pages < std::mem::replace(&mut self.dirty_pages, dirty_pages) * SHRINK;
         if downtime <= self.limits.downtime {
-            let worth = transfer > (fixed / 4.0).max(0.001) && ratio < 0.7;
-            if worth && self.refined < REFINE_ROUNDS_MAX && now.elapsed < self.limits.timeout {
-                self.refined += 1;
+            let worth = transfer > (fixed / 4.0).max(0.001) && ratio < SHRINK && shrank;
+            if worth && now.elapsed < self.limits.timeout {
                 return Decision::Continue;
             }
             return Decision::StopAndCopy;

@@ -50,11 +50,16 @@ fn one_more_round_where_it_pays() {
 }
 
 #[test]
-fn refinement_ends() {
-    let mut policy = policy(OnTimeout::Abort);
-    let rounds = (0..100)
-        .take_while(|_| policy.decide(&measured(100, 10_000, 1000)).decision == Decision::Continue);
-    assert_eq!(rounds.count(), 20);
+fn refinement_goes_on_while_each_round_is_much_smaller() {
+    let decisions = |rounds: &[u64]| -> Vec<Decision> {
+        let mut policy = policy(OnTimeout::Abort);
+        let decide = |pages: &u64| policy.decide(&measured(100, *pages, 1000)).decision;
+        rounds.iter().map(decide).collect()
+    };
+    let [go_on, stop] = [|| Decision::Continue, || Decision::StopAndCopy];
+    assert_eq!(decisions(&[10_000, 6_000, 5_000]), [go_on(), go_on(), stop()]);
+    // The same pages over and over.
+    assert_eq!(decisions(&[10_000, 10_000]), [go_on(), stop()]);
 }
 
 #[test]
