@@ -325,6 +325,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Does ahead what KVM does when a vCPU is first run, for a guest whose first steps are awaited.
+    pub fn warm_up(&mut self) {
+        let cold = std::mem::take(&mut self.vcpus).into_iter().zip(&self.core.threads);
+        self.vcpus = cold.map(|(vcpu, thread)| thread.warm_up(vcpu)).collect();
+    }
+
     /// Lends the parts to their threads.
     #[must_use]
     pub fn start(self) -> Running {

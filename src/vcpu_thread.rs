@@ -42,6 +42,20 @@ impl VcpuThread {
     /// Lends it the vCPU, which runs from now on.
     pub fn run(&self, vcpu: Vcpu, buses: Arc<Buses>) {
         self.orders.reset();
+        self.lend(vcpu, buses);
+    }
+
+    /// Has it enter `KVM_RUN` and leave it before the guest's first instruction, so that what KVM does at a
+    /// vCPU's first entry is done: among it, since Linux 6.12, the start of a kernel thread.
+    #[must_use]
+    pub fn warm_up(&self, vcpu: Vcpu) -> Vcpu {
+        // A kick that comes before the vCPU isn't lost.
+        self.stop();
+        self.lend(vcpu, Arc::default());
+        self.home()
+    }
+
+    fn lend(&self, vcpu: Vcpu, buses: Arc<Buses>) {
         self.lend.as_ref().expect(HERE).send((vcpu, buses)).expect(HERE);
     }
 
@@ -113,5 +127,41 @@ fn serve(
         // Nobody listens any more when the VMM is on its way out.
         let _ = event.map(|event| events.send(event));
         let _ = give.send(vcpu);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+    use crate::arch::msr::MsrPlan;
+    use crate::kick;
+
+    #[test]
+    fn a_thread_runs_what_it_is_lent_time_and_again() {
+        kick::install().unwrap();
+        let kvm = Kvm::new().expect("/dev/kvm is needed");
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let msrs = Arc::new(MsrPlan::new(&kvm).unwrap());
+        let mut vcpu = Vcpu::new(0, vm.create_vcpu(0).unwrap(), msrs);
+        let (events, inbox) = channel();
+        let thread = VcpuThread::start(0, events).unwrap();
+        let before = vcpu.fd().get_regs().unwrap();
+        for _ in 0..3 {
+            vcpu = thread.warm_up(vcpu);
+            assert_eq!(vcpu.fd().get_regs().unwrap(), before, "the guest's first instruction ran");
+            assert!(inbox.try_recv().is_err(), "the guest came to an end");
+        }
+        // There is no memory: the first instruction is the end.
+        thread.run(vcpu, Arc::default());
+        let event = inbox.recv().unwrap();
+        assert!(matches!(event, Event::Vcpu { index: 0, .. } | Event::Guest(_)));
+        // As when a machine is stopped whose vCPU has come to an end.
+        thread.stop();
+        drop(thread.warm_up(thread.home()));
     }
 }

@@ -93,7 +93,7 @@ impl Host for Destination {
             locking: Locking::Later,
             needs: Some(plan.cpu.clone()),
         };
-        let machine =
+        let mut machine =
             Machine::new(config, origin, &console, self.events.clone()).map_err(one_line)?;
         let first = machine.vcpus.first().map(|v| v.fd()).expect("a machine has a vCPU");
         reasons.extend(cpu::lacking(&plan.cpu, &machine.core.host, &machine.core.vm, first));
@@ -101,6 +101,7 @@ impl Host for Destination {
         if !reasons.is_empty() {
             return Err(reasons);
         }
+        machine.warm_up();
         let locks_seen = locks_seen(&machine);
         let guest = VacantGuest { mapping: None, machine, socket, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
