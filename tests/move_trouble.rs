@@ -231,6 +231,21 @@ fn the_source_sends_garbage() {
     assert_eq!(lines.len(), garbage.len(), "{err}");
 }
 
+/// A port scanner that says nothing at all, and one that begins to.
+#[test]
+fn silent_connections_keep_no_source_waiting() {
+    if !has_kvm() {
+        return;
+    }
+    let (mut destination, uri) = Vm::listen(&[]);
+    let knock = || UnixStream::connect(destination.place.path("move.sock")).unwrap();
+    let (_silent, mut halting) = (knock(), knock());
+    halting.write_all(b"VMM").unwrap();
+    let mut source = dirtier();
+    source.move_to(&uri, &EASY);
+    check_dirtier(&mut destination);
+}
+
 #[test]
 fn what_the_destination_lacks() {
     if !has_kvm() {

@@ -29,6 +29,8 @@ pub use receiver::Copied;
 pub struct Options {
     /// This program and its version.
     pub software: String,
+    /// How long a connection may take to say what it wants: a source does so at once.
+    pub hello: Duration,
     /// How long the source may keep still.
     pub still: Duration,
     /// How long after `Ready` the source may take to commit; it flushes its disks meanwhile.
@@ -36,11 +38,12 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults: 30 s each.
+    /// The defaults: 10 s for the first message, 30 s each for the others.
     #[must_use]
     pub fn new(software: impl Into<String>) -> Self {
         let limit = Duration::from_secs(30);
-        Self { software: software.into(), still: limit, commit: limit }
+        let hello = Duration::from_secs(10);
+        Self { software: software.into(), hello, still: limit, commit: limit }
     }
 }
 
@@ -146,10 +149,13 @@ pub fn accept(
     let id = MigrationId([0; 16]);
     let progress = Progress::default();
     let mut common = Box::new(Common { channel, options, id, progress, started });
+    let limit = common.options.hello;
     let opening = common.exchange(observer, |channel, wait| {
-        channel.flush(wait)?;
-        channel.recv_preamble(wait)?;
-        channel.recv("Hello", wait)
+        let mut poll = || wait.ask();
+        let mut wait = Wait::new(limit, &mut poll).until(started + limit);
+        channel.flush(&mut wait)?;
+        channel.recv_preamble(&mut wait)?;
+        channel.recv("Hello", &mut wait)
     });
     match opening.map_err(|error| common.give_up(error))? {
         Message::Hello(hello) => {
@@ -240,6 +246,16 @@ impl Target<Greeted> {
     #[must_use]
     pub fn id(&self) -> MigrationId {
         self.common.id
+    }
+
+    /// Turns the source away, with a reason: the second one at a busy listener.
+    pub fn refuse(mut self, reason: &str) {
+        self.common.refuse(vec![reason.to_owned()]);
+        let mut poll = || Flow::Continue;
+        let until = self.common.channel.now() + Duration::from_secs(1);
+        let mut wait = Wait::new(Duration::from_secs(1), &mut poll).until(until);
+        // What it sends meanwhile is read, or else a socket's end would overtake the reason.
+        while self.common.channel.recv("the end", &mut wait).is_ok() {}
     }
 
     /// Stage 1, reservation: checks the plan, makes the place, tries to restore the example.

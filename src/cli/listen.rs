@@ -63,7 +63,7 @@ pub fn run(args: ListenArgs) -> Outcome {
     }
     let mut deferred = Vec::new();
     let mut failure = None;
-    while let Some(channel) = door.next(&inbox) {
+    while let Some((caller, claim)) = door.next(&inbox) {
         let mut observer = |progress: &Progress| {
             display.show(&json!(progress));
             match inbox.try_recv() {
@@ -75,11 +75,11 @@ pub fn run(args: ListenArgs) -> Outcome {
                 Err(_) => Flow::Continue,
             }
         };
-        let arrival = incoming::take(channel, &mut host, &mut verdicts, &mut observer);
+        let arrival = incoming::take(caller, &mut host, &mut verdicts, &mut observer);
         display.clear();
         match arrival {
             Arrival::Taken(arrived, farewell) => {
-                door.say_farewell(farewell, verdicts);
+                door.say_farewell(farewell, verdicts, claim);
                 for event in deferred {
                     // The control thread reads them next.
                     let _ = events.send(event);
@@ -103,7 +103,7 @@ pub fn run(args: ListenArgs) -> Outcome {
             Arrival::Stray(why) => log::print(&format!("a connection brought no guest: {why}")),
             Arrival::Nothing => {}
         }
-        door.free();
+        drop(claim);
     }
     match failure {
         Some(why) => Err(ListenError::Failed(why).into()),

@@ -17,6 +17,13 @@ use crate::event::Event;
 
 /// How long a source whose migration is over (a dry run's, say) may take to be gone here.
 const LEAVING: Duration = Duration::from_millis(500);
+/// Connections that are heard out at the same time.
+const GREETED_MAX: usize = 16;
+/// What a source is told that comes second.
+const BUSY: &str = "another migration is under way here: try again later";
+/// What a source is told where a guest has come already.
+const TAKEN: &str =
+    "a guest has come here already, and this listener takes one (with --keep, many)";
 /// What follows for the guest when the connection is lost before it is handed over.
 const GUEST_IS_GONE: &str = "; if the source is gone, the guest is gone: nothing of it runs here, and its disks are untouched";
 /// How often a wait looks up.
@@ -39,12 +46,30 @@ pub enum Arrival {
     Nothing,
 }
 
-/// Accepts connections on a thread of its own, so that a second source is refused at once. Dropping
-/// it ends the listening.
+/// What a connection has turned out to be; or that it was no source, and why.
+pub type Caller = Result<Opening, Box<Ended>>;
+
+/// Accepts connections on a thread of its own, and hears on one for each what it wants: a connection that says
+/// nothing keeps no source waiting, and a second source is refused at once. Dropping it ends the listening.
 pub struct Door {
     listener: Arc<Listener>,
-    channels: Receiver<Channel>,
-    busy: Arc<AtomicBool>,
+    callers: Receiver<(Caller, Option<Claim>)>,
+}
+
+/// The place of the one source, or asker, that a door lets in; free again when it is dropped.
+pub struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    /// Claims the place, if the one before has gone or is just going.
+    fn stake(busy: &Arc<AtomicBool>) -> Option<Self> {
+        becomes_free(|| !busy.swap(true, Ordering::SeqCst)).then(|| Self(Arc::clone(busy)))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
 }
 
 impl Door {
@@ -54,21 +79,21 @@ impl Door {
     /// There can be no thread.
     pub fn open(listener: Listener) -> std::io::Result<Self> {
         let listener = Arc::new(listener);
-        let busy = Arc::new(AtomicBool::new(false));
-        let (give, channels) = mpsc::channel();
-        let (listening, occupied) = (Arc::clone(&listener), Arc::clone(&busy));
+        let (give, callers) = mpsc::channel();
+        let listening = Arc::clone(&listener);
         std::thread::Builder::new()
             .name("listen".to_owned())
-            .spawn(move || accept_all(&listening, &occupied, &give))?;
-        Ok(Self { listener, channels, busy })
+            .spawn(move || accept_all(&listening, &give))?;
+        Ok(Self { listener, callers })
     }
 
-    /// Waits for the next connection, until an event says to end. `None`: the end.
+    /// Waits for the next caller, until an event says to end. `None`: the end. No other source is let in
+    /// before the claim is dropped.
     #[must_use]
-    pub fn next(&self, events: &Receiver<Event>) -> Option<Channel> {
+    pub fn next(&self, events: &Receiver<Event>) -> Option<(Caller, Option<Claim>)> {
         loop {
-            match self.channels.recv_timeout(LOOK) {
-                Ok(channel) => return Some(channel),
+            match self.callers.recv_timeout(LOOK) {
+                Ok(caller) => return Some(caller),
                 Err(mpsc::RecvTimeoutError::Disconnected) => return None,
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
             }
@@ -78,36 +103,34 @@ impl Door {
         }
     }
 
-    /// The connection is dealt with: the next one may come.
-    pub fn free(&self) {
-        self.busy.store(false, Ordering::SeqCst);
-    }
-
     /// Sees to it, on a thread of its own, that the source learns that its guest runs here: it may have
     /// lost our answer, and ask.
-    pub fn say_farewell(self, mut farewell: Farewell, mut verdicts: Verdicts) {
+    pub fn say_farewell(
+        self,
+        mut farewell: Farewell,
+        mut verdicts: Verdicts,
+        claim: Option<Claim>,
+    ) {
         verdicts.keep(&farewell.verdict);
         let answer = move || {
             if farewell.source_knows() {
                 return;
             }
+            drop(claim);
             let until = Instant::now() + VERDICT_KEPT;
-            self.free();
-            while let Ok(channel) =
-                self.channels.recv_timeout(until.saturating_duration_since(Instant::now()))
+            while let Ok((caller, _claim)) =
+                self.callers.recv_timeout(until.saturating_duration_since(Instant::now()))
             {
-                let mut observer = |_: &Progress| Flow::Continue;
-                match target::accept(channel, Options::new(software()), &mut observer) {
+                match caller {
                     Ok(Opening::Question(question)) => {
                         let ours = question.id == farewell.verdict.id;
                         if answer_question(question, &verdicts) && ours {
                             return;
                         }
                     }
-                    // It hears of the end of its connection.
-                    Ok(Opening::Migrate(_)) | Err(_) => {}
+                    Ok(Opening::Migrate(target)) => target.refuse(TAKEN),
+                    Err(_) => {}
                 }
-                self.free();
             }
         };
         if let Err(e) = std::thread::Builder::new().name("farewell".to_owned()).spawn(answer) {
@@ -122,10 +145,10 @@ impl Drop for Door {
     }
 }
 
-/// Claims the door, if the one before has gone or is just going.
-fn becomes_busy(busy: &AtomicBool) -> bool {
+/// Whether it is free, or becomes so while the one before is just going.
+fn becomes_free(is_free: impl Fn() -> bool) -> bool {
     let until = Instant::now() + LEAVING;
-    while busy.swap(true, Ordering::SeqCst) {
+    while !is_free() {
         if Instant::now() >= until {
             return false;
         }
@@ -134,15 +157,25 @@ fn becomes_busy(busy: &AtomicBool) -> bool {
     true
 }
 
-fn accept_all(listener: &Listener, busy: &AtomicBool, give: &Sender<Channel>) {
+fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
+    let busy = Arc::new(AtomicBool::new(false));
+    let greeted = Arc::new(());
     loop {
         match listener.accept() {
-            Ok(Some(channel)) if !becomes_busy(busy) => {
-                target::refuse(channel, "another migration is under way here: try again later");
-            }
             Ok(Some(channel)) => {
-                if give.send(channel).is_err() {
-                    return;
+                // Each thread that hears one out has a copy.
+                let room = || Arc::strong_count(&greeted) <= GREETED_MAX;
+                if !becomes_free(|| room() && !busy.load(Ordering::SeqCst)) {
+                    target::refuse(channel, BUSY);
+                    continue;
+                }
+                let (busy, give, place) = (Arc::clone(&busy), give.clone(), Arc::clone(&greeted));
+                let greet = move || {
+                    greet(channel, &busy, &give);
+                    drop(place);
+                };
+                if let Err(e) = std::thread::Builder::new().name("greet".to_owned()).spawn(greet) {
+                    tracing::warn!("a connection can't be heard: {e}");
                 }
             }
             // The end, or the listener was closed.
@@ -156,22 +189,33 @@ fn accept_all(listener: &Listener, busy: &AtomicBool, give: &Sender<Channel>) {
     }
 }
 
-/// Takes one guest over one connection, or learns why not. `verdicts` answers sources that ask.
+/// Hears what a connection wants, and lets it in unless another has come first.
+fn greet(channel: Channel, busy: &Arc<AtomicBool>, give: &Sender<(Caller, Option<Claim>)>) {
+    let mut observer = |_: &Progress| Flow::Continue;
+    let caller = target::accept(channel, Options::new(software()), &mut observer);
+    let claim = if caller.is_ok() { Claim::stake(busy) } else { None };
+    match caller {
+        Ok(Opening::Migrate(target)) if claim.is_none() => target.refuse(BUSY),
+        // It asks again.
+        Ok(Opening::Question(_)) if claim.is_none() => {}
+        // Nobody waits for callers any more: the connection ends.
+        caller => drop(give.send((caller, claim))),
+    }
+}
+
+/// Takes one guest from a caller, or learns why not. `verdicts` answers sources that ask.
 pub fn take(
-    channel: Channel,
+    caller: Caller,
     host: &mut Destination,
     verdicts: &mut Verdicts,
     observer: &mut dyn Observer,
 ) -> Arrival {
-    let target = match target::accept(channel, Options::new(software()), observer) {
+    let target = match caller {
         Ok(Opening::Migrate(target)) => target,
         Ok(Opening::Question(question)) => {
             // Whoever doesn't hear the answer asks again.
             answer_question(question, verdicts);
             return Arrival::Nothing;
-        }
-        Err(ended) if ended.error.is_cancelled() => {
-            return Arrival::Failed { why: ended.error.line(), in_doubt: false };
         }
         Err(ended) => return Arrival::Stray(ended.error.line()),
     };
