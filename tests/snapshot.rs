@@ -7,11 +7,16 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use serde_json::Value;
 use support::guests::Guest;
 use support::vm::{LONG, Vm, binary, has_kvm};
+use vmm::arch::clock::Downtime;
+use vmm::config::SerialTarget;
+use vmm::migrate::arriving::{Destination, Overrides};
+use vmm::migrate::restoring::{self, Load};
 
 /// Time without output after which a paused guest's console is empty.
 const QUIET: Duration = Duration::from_millis(500);
@@ -82,6 +87,28 @@ fn a_paused_guest_comes_back_paused_and_goes_on_where_it_was() {
     vm.tell(&["resume"]);
     let (first, _) = assert_counts(&vm.read_some(HEARD));
     assert_eq!(first, last.wrapping_add(1), "the guest itself");
+}
+
+/// Whoever asks the process to end while it loads memory doesn't wait until all of it is there.
+#[test]
+fn loading_ends_when_it_is_cancelled() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vm = Vm::start(Guest::dirtier(8, 0), &[]);
+    vm.read_some(1);
+    let (dir, path) = snapshot(&vm, &[]);
+    let control = dir.path().join("vm.sock");
+    let overrides = Overrides {
+        control: Some(control.clone()),
+        serial: Some(SerialTarget::Null),
+        ..Overrides::default()
+    };
+    let here = Destination { overrides, events: channel().0 };
+    let restored = restoring::restore(&path, Load::Eager, Downtime::Passes, &here, &|| true);
+    let Err(fault) = restored else { panic!("all was loaded") };
+    assert!(fault.to_string().contains("cancelled while memory was read"), "{fault}");
+    assert!(!control.exists(), "the control socket is left");
 }
 
 #[test]

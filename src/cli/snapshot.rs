@@ -14,7 +14,7 @@ use super::{Outcome, print, print_json};
 use crate::api::client::Client;
 use crate::api::socket;
 use crate::arch::clock::Downtime;
-use crate::event::{Request, SnapshotRequest};
+use crate::event::{Event, Request, SnapshotRequest};
 use crate::migrate::arriving::{Destination, Overrides};
 use crate::migrate::restoring::{self, Load};
 use crate::signals;
@@ -141,7 +141,9 @@ fn run(dir: &Path, load: Load, downtime: Downtime, overrides: Overrides) -> Outc
     let signals = signals::block().map_err(RunError::Signals)?;
     let (events, inbox) = mpsc::channel();
     let here = Destination { overrides, events: events.clone() };
-    let arrived = restoring::restore(dir, load, downtime, &here)?;
     signals.send_to(events.clone()).map_err(RunError::Signals)?;
+    // Nobody else sends anything before the guest runs.
+    let cancelled = || matches!(inbox.try_recv(), Ok(Event::Signal(_) | Event::ConsoleQuit));
+    let arrived = restoring::restore(dir, load, downtime, &here, &cancelled)?;
     live(arrived, &events, inbox)
 }

@@ -70,10 +70,14 @@ pub enum RestoreFault {
     /// The guest's memory could not be filled.
     #[error("guest memory")]
     Fill(#[source] vm_memory::GuestMemoryError),
+    /// The user's wish.
+    #[error("cancelled while memory was read: the guest has not run")]
+    Cancelled,
 }
 
 /// Restores the snapshot in `dir`: with its disks locked and, unless it was paused when it was saved, its
-/// vCPUs running. `downtime` says whether the time since the snapshot passes for it.
+/// vCPUs running. `downtime` says whether the time since the snapshot passes for it. While memory is read,
+/// `cancelled` is asked again and again.
 ///
 /// # Errors
 /// The first thing that stands in the way, or everything that this host lacks. Nothing has run, no disk
@@ -83,6 +87,7 @@ pub fn restore(
     load: Load,
     downtime: Downtime,
     here: &Destination,
+    cancelled: &dyn Fn() -> bool,
 ) -> Result<Arrived, RestoreFault> {
     let damaged = |source| RestoreFault::Snapshot { dir: dir.to_owned(), source };
     let snapshot = Snapshot::open(dir).map_err(damaged)?;
@@ -118,7 +123,8 @@ pub fn restore(
         return Err(RestoreFault::Unfit(reasons));
     }
     if load == Load::Eager {
-        fill(&snapshot, &machine.core.memory).map_err(|e| match e {
+        fill(&snapshot, &machine.core.memory, cancelled).map_err(|e| match e {
+            FillError::Cancelled => RestoreFault::Cancelled,
             FillError::Snapshot(source) => damaged(source),
             FillError::Memory(source) => RestoreFault::Fill(source),
         })?;
@@ -147,28 +153,50 @@ fn tell_of_copy(machine: &mut Machine) -> Result<(), BootError> {
 }
 
 enum FillError {
+    Cancelled,
     Snapshot(SnapshotError),
     Memory(vm_memory::GuestMemoryError),
 }
 
 /// Loads every block that holds anything, on as many threads as there are CPUs.
-fn fill(snapshot: &Snapshot, memory: &Memory) -> Result<(), FillError> {
+fn fill(
+    snapshot: &Snapshot,
+    memory: &Memory,
+    cancelled: &dyn Fn() -> bool,
+) -> Result<(), FillError> {
     let blocks: Vec<u32> = snapshot.used_blocks().collect();
     let next = AtomicUsize::new(0);
+    let load_one = |buffer: &mut [u8]| -> Result<bool, FillError> {
+        let Some(&block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) else {
+            return Ok(false);
+        };
+        let len = snapshot.read_block(block, buffer).map_err(FillError::Snapshot)?;
+        let offset = u64::from(block) * BLOCK_LEN as u64;
+        write(memory, offset, &buffer[..len]).map_err(FillError::Memory)?;
+        Ok(true)
+    };
     let load = || {
         let mut buffer = vec![0; BLOCK_LEN];
-        while let Some(&block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let len = snapshot.read_block(block, &mut buffer).map_err(FillError::Snapshot)?;
-            let offset = u64::from(block) * BLOCK_LEN as u64;
-            write(memory, offset, &buffer[..len]).map_err(FillError::Memory)?;
-        }
+        while load_one(&mut buffer)? {}
         Ok(())
+    };
+    // This thread alone can ask.
+    let load_and_ask = || {
+        let mut buffer = vec![0; BLOCK_LEN];
+        while !cancelled() {
+            if !load_one(&mut buffer)? {
+                return Ok(());
+            }
+        }
+        // There is no more for the others.
+        next.store(blocks.len(), Ordering::Relaxed);
+        Err(FillError::Cancelled)
     };
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let helpers = cpus.min(LOADERS_MAX).min(blocks.len()).saturating_sub(1);
     std::thread::scope(|scope| {
         let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(load)).collect();
-        let own = load();
+        let own = load_and_ask();
         helpers.into_iter().map(|h| h.join().expect("loaders don't panic")).fold(own, Result::and)
     })
 }
