@@ -16,6 +16,8 @@ pub const VERDICT_KEPT: Duration = Duration::from_secs(600);
 /// A verdict has a few reasons at most.
 const VERDICT_BYTES_MAX: u64 = 64 << 10;
 const SUFFIX: &str = "verdict";
+/// What one is called that is being written; or was, by a process that was killed.
+const PART_SUFFIX: &str = "part";
 
 /// Where this host's verdicts are.
 #[derive(Debug)]
@@ -53,7 +55,10 @@ impl Verdicts {
             })
         };
         let paths = entries.flatten().map(|entry| entry.path());
-        paths.filter(|path| path.extension().is_some_and(|e| e == SUFFIX) && is_old(path)).collect()
+        let is_ours = |path: &Path| {
+            path.extension().is_some_and(|suffix| suffix == SUFFIX || suffix == PART_SUFFIX)
+        };
+        paths.filter(|path| is_ours(path) && is_old(path)).collect()
     }
 
     fn path(&self, id: MigrationId) -> Option<PathBuf> {
@@ -74,7 +79,7 @@ impl Verdicts {
             socket::make_directory(dir).map_err(io::Error::other)?;
         }
         // Whole or not at all, for who reads it meanwhile.
-        let part = path.with_extension("part");
+        let part = path.with_extension(PART_SUFFIX);
         let written = File::create(&part).and_then(|mut file| file.write_all(bytes));
         written.and_then(|()| fs::rename(&part, path)).inspect_err(|_| {
             let _ = fs::remove_file(&part);
@@ -122,12 +127,16 @@ mod tests {
         let path = |id: u8| verdicts.path(MigrationId([id; 16])).unwrap();
         let file = File::options().write(true).open(path(1)).unwrap();
         file.set_modified(SystemTime::now() - VERDICT_KEPT * 2).unwrap();
+        let part = path(5).with_extension(PART_SUFFIX);
+        let file = File::create(&part).unwrap();
+        file.set_modified(SystemTime::now() - VERDICT_KEPT * 2).unwrap();
         // Another's under this name, and half of one.
         fs::copy(path(2), path(4)).unwrap();
         fs::write(path(3), &never(3).to_bytes()[..9]).unwrap();
         let verdicts = Verdicts::in_directory(Some(dir.path().into()));
         let found: Vec<_> = (1..=4).map(|id| verdicts.find(MigrationId([id; 16]))).collect();
         assert_eq!(found, [None, Some(never(2)), None, None]);
+        assert!(!part.exists());
     }
 
     #[test]
