@@ -261,7 +261,13 @@ fn a_console_that_is_read_late_loses_nothing() {
     source.set_pipe_size(4096);
     let (mut destination, uri) = Vm::listen(&[]);
     let client = source.start_move(&uri, &EASY);
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    until("is on its way", || {
+        let info = source.place.tell(&["info", "--json"]);
+        let info: Value = serde_json::from_slice(&info.stdout).unwrap_or_default();
+        let stage = info["migration"]["stage"].as_str().unwrap_or_default();
+        // Or it has gone.
+        info.is_null() || !["", "pre-migration", "reservation"].contains(&stage)
+    });
     text.extend(source.read_to_end());
     client.wait().check_moved();
     text.extend(destination.read_to_end());
