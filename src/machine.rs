@@ -251,12 +251,12 @@ impl Machine {
         &self.core.config
     }
 
-    /// Saves every stateful part. RAM is not among them.
-    pub fn save(&mut self) -> Result<Vec<Section>, SaveError> {
-        let mut sections = Vec::new();
+    /// Saves every stateful part, in the versions of a list made by the same walk. RAM is not among them.
+    pub fn save(&mut self, listed: &[SectionId]) -> Result<Vec<Section>, SaveError> {
+        let (mut sections, mut listed) = (Vec::new(), listed.iter());
         self.for_each_part(Downtime::Passes, &mut |instance, part| {
-            sections.push(part.save_section(instance)?);
-            Ok(())
+            let version = listed.next().map_or(part.version(), |id| id.version);
+            part.save_as(instance, version).map(|section| sections.push(section))
         })?;
         Ok(sections)
     }

@@ -51,14 +51,16 @@ impl Running {
         let Self { ticker, buses, core } = self;
         drop(ticker);
         core.threads.iter().for_each(VcpuThread::stop);
-        core.console.detach();
+        let typed = core.console.detach();
         let vcpus = core.threads.iter().map(VcpuThread::home).collect();
         let mut buses =
             Arc::into_inner(buses).expect("vCPU threads and the console gave their buses back");
         for device in buses.all_mut() {
             device.quiesce();
         }
-        Machine { vcpus, buses, core }
+        let machine = Machine { vcpus, buses, core };
+        machine.keep(&typed);
+        machine
     }
 
     pub(crate) fn core(&self) -> &Core {
@@ -90,5 +92,22 @@ impl Running {
     /// Presses the guest's power button.
     pub fn press_power_button(&self) {
         self.buses.pio.with_as(self.core.platform.power, Power::press_button);
+    }
+}
+
+impl Machine {
+    /// What was typed since it stands goes with it.
+    pub(crate) fn keep_typed(&self) {
+        self.keep(&self.core.console.detach());
+    }
+
+    /// What the console has read for the guest, and the guest hasn't taken, becomes part of its state.
+    fn keep(&self, typed: &[u8]) {
+        let serial = self.core.platform.serial;
+        let kept = self.buses.pio.with_as::<Serial, _>(serial, |s| s.keep(typed)).unwrap_or(0);
+        if kept < typed.len() {
+            let lost = typed.len() - kept;
+            tracing::warn!("console: {lost} typed bytes are lost: the guest takes none");
+        }
     }
 }

@@ -8,10 +8,13 @@
 //!   that writes all the same loses nothing here: the wire takes every byte.
 //! - *Input flow.* A driver that starts throws away what the FIFO holds. Bytes therefore stay with the
 //!   console until the guest listens: it has enabled the receive interrupt, or it polls LSR.
+//!   When the machine comes to rest, the console leaves here what it has read and the guest hasn't, and it goes
+//!   with the guest: it is handed out, before anything newer, as the guest takes it.
 //! - *Interrupt identification* by priority and by level, the receiver's above the transmitter's.
 //! - *FIFO control.* Of FCR only "FIFOs on" can be seen by a guest (in IIR), so only that is state. The
 //!   receive FIFO can be cleared and its depth doesn't change; the trigger level is always one byte.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::Sink;
 use std::sync::Arc;
@@ -23,12 +26,14 @@ use crate::irq::IrqLine;
 
 mod state;
 
-pub use state::SerialStateV1;
+pub use state::{SerialStateV1, SerialStateV2};
 
 /// Ports that the device takes.
 pub const SIZE: u64 = 8;
 /// Depth of the receive FIFO in bytes.
 pub const FIFO_LEN: usize = 64;
+/// Most bytes that wait for room in it, while the machine is at rest and after.
+pub const WAITING_LEN_MAX: usize = 16 << 10;
 
 // Registers, as offsets.
 const DATA: u8 = 0;
@@ -104,6 +109,8 @@ pub struct Serial {
     interrupt_enable: u8,
     transmit: Transmit,
     fifo_enabled: bool,
+    /// Input that the console has handed over, and the FIFO had no room for.
+    waiting: VecDeque<u8>,
     // Not saved: console and guest ask again.
     polls: u8,
     input_refused: bool,
@@ -120,6 +127,7 @@ impl Serial {
             interrupt_enable: 0,
             transmit: Transmit::Seen,
             fifo_enabled: false,
+            waiting: VecDeque::new(),
             polls: 0,
             input_refused: false,
         }
@@ -128,10 +136,35 @@ impl Serial {
     /// How many bytes of input the guest takes now, 0 to [`FIFO_LEN`]. After 0 the device calls
     /// [`Wire::input_wanted`] once that changes.
     pub fn input_room(&mut self) -> usize {
-        let listening = self.receive_enabled() || self.polls >= POLLS;
-        let room = if listening && !self.looped() { self.uart.fifo_capacity() } else { 0 };
+        self.refill();
+        // What waits comes first.
+        let room = if self.waiting.is_empty() { self.fifo_room() } else { 0 };
         self.input_refused = room == 0;
         room
+    }
+
+    fn fifo_room(&mut self) -> usize {
+        let listening = self.receive_enabled() || self.polls >= POLLS;
+        if listening && !self.looped() { self.uart.fifo_capacity() } else { 0 }
+    }
+
+    /// Moves what waits into the FIFO.
+    fn refill(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let count = self.fifo_room().min(self.waiting.len());
+        let bytes: Vec<u8> = self.waiting.drain(..count).collect();
+        // It has the room; and there is no other error.
+        let _ = self.uart.enqueue_raw_bytes(&bytes);
+    }
+
+    /// The machine comes to rest: takes what the console has read for the guest, as much as may wait, and
+    /// says how many bytes that is.
+    pub fn keep(&mut self, bytes: &[u8]) -> usize {
+        let count = bytes.len().min(WAITING_LEN_MAX - self.waiting.len());
+        self.waiting.extend(&bytes[..count]);
+        count
     }
 
     /// Gives the guest input. Takes as many bytes as [`Self::input_room`] says, and says how many.
@@ -181,6 +214,9 @@ impl Serial {
 
     /// Calls for the input that was refused, as soon as the guest is ready for a FIFO full.
     fn call_for_input(&mut self) {
+        if !self.has_input() {
+            self.refill();
+        }
         if self.input_refused && !self.has_input() && self.input_room() > 0 {
             self.wire.input_wanted();
         }
@@ -293,6 +329,7 @@ impl BusDevice for Serial {
     }
 
     fn resume(&mut self) {
+        self.refill();
         // The edge may have gone to an interrupt controller whose state was replaced since.
         let receive = self.receive_enabled() && self.has_input();
         let transmit = self.transmit_enabled() && self.transmit == Transmit::Pending;

@@ -62,7 +62,7 @@ impl Live for Still {
         })
     }
 
-    fn example(&mut self) -> Result<Example, GuestError> {
+    fn example(&mut self, _listed: &[SectionId]) -> Result<Example, GuestError> {
         Ok(Example::default())
     }
 
@@ -93,7 +93,7 @@ impl Live for Still {
 impl Halted for Still {
     type Live = Still;
 
-    fn sections(&mut self) -> Result<Vec<Section>, GuestError> {
+    fn sections(&mut self, _listed: &[SectionId]) -> Result<Vec<Section>, GuestError> {
         Ok(Vec::new())
     }
 

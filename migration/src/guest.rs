@@ -66,11 +66,12 @@ pub trait Live: Memory + Sized {
     /// Something of the guest can't move; say what.
     fn plan(&mut self) -> Result<Plan, GuestError>;
 
-    /// Sections to try at the destination before a page moves. The guest may stand for a moment.
+    /// Sections to try at the destination before a page moves, in the listed versions. The guest may stand
+    /// for a moment.
     ///
     /// # Errors
     /// The state can't be saved; the guest runs on.
-    fn example(&mut self) -> Result<Example, GuestError>;
+    fn example(&mut self, listed: &[SectionId]) -> Result<Example, GuestError>;
 
     /// Begins dirty tracking, without a stall: with KVM's `MANUAL_PROTECT2 | INITIALLY_SET`, setting
     /// the flag on each memory slot.
@@ -148,11 +149,11 @@ pub trait Halted: Memory + Sized {
     /// The same guest, running.
     type Live;
 
-    /// Saves every part that the plan listed, in that order.
+    /// Saves every part that the plan listed, in that order and in the listed versions.
     ///
     /// # Errors
     /// A part can't be saved; the migration is aborted and the guest resumed.
-    fn sections(&mut self) -> Result<Vec<Section>, GuestError>;
+    fn sections(&mut self, listed: &[SectionId]) -> Result<Vec<Section>, GuestError>;
 
     /// Whether the guest was paused by its user, and has to arrive so.
     fn paused(&self) -> bool;

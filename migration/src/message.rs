@@ -45,6 +45,13 @@ pub struct HelloReply {
     pub software: String,
 }
 
+/// What the destination reads, sent before `HelloReply`. Optional: without it, version 1 of everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reads {
+    /// The newest version of each kind of section of which that isn't 1.
+    pub newest: Vec<(String, u16)>,
+}
+
 /// Asks for a place. The example's sections follow, each as a `Section`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reserve {
@@ -176,6 +183,7 @@ pub struct Resolve {
 pub enum Message {
     Hello(Hello),
     HelloReply(HelloReply),
+    Reads(Reads),
     Reserve(Box<Reserve>),
     Section(Section),
     Accepted(Accepted),
@@ -212,6 +220,7 @@ impl Message {
         match self {
             Self::Hello(_) => record::HELLO,
             Self::HelloReply(_) => record::HELLO_REPLY,
+            Self::Reads(_) => record::READS,
             Self::Reserve(_) => record::RESERVE,
             Self::Section(_) => record::SECTION,
             Self::Accepted(_) => record::ACCEPTED,
@@ -240,6 +249,7 @@ impl Message {
         match self {
             Self::Hello(m) => pack(m),
             Self::HelloReply(m) => pack(m),
+            Self::Reads(m) => pack(m),
             Self::Reserve(m) => pack(m),
             Self::Section(section) => wire::encode_section(section),
             Self::Accepted(m) => pack(m),
@@ -273,6 +283,7 @@ impl Message {
         Ok(match kind {
             record::HELLO => Self::Hello(unpack(kind, body)?),
             record::HELLO_REPLY => Self::HelloReply(unpack(kind, body)?),
+            record::READS => Self::Reads(unpack(kind, body)?),
             record::RESERVE => Self::Reserve(unpack(kind, body)?),
             record::SECTION => Self::Section(wire::decode_section(body)?),
             record::ACCEPTED => Self::Accepted(unpack(kind, body)?),

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::message::Reads;
 use crate::pages::Run;
 use crate::state::Section;
 
@@ -197,6 +198,14 @@ impl Plan {
             faults.extend(twice.map(|id| format!("{what} {id} is listed twice")));
         }
         faults
+    }
+
+    /// Lists each section in a version that the destination reads: the newest that both know.
+    pub fn lower_to(&mut self, reads: &Reads) {
+        for id in &mut self.sections {
+            let newest = reads.newest.iter().find(|(kind, _)| *kind == id.kind);
+            id.version = id.version.min(newest.map_or(1, |(_, version)| *version));
+        }
     }
 
     /// What of the listed sections the destination's parts can't take, and which parts get none.

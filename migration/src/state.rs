@@ -3,7 +3,8 @@
 //! A part implements [`Stateful`] with a frozen, serialisable `State` type. The object-safe [`Saved`]
 //! comes for free and turns the part into a [`Section`]: kind, instance, version and a postcard body.
 //! A change of a released state is a new struct (`StateV2`), a `From<StateV1>` in
-//! [`Stateful::upgrade`], and a golden file of the old bytes; released versions are never edited.
+//! [`Stateful::upgrade`], the way back in [`Stateful::downgrade`] (a source writes what its destination
+//! reads), and golden bytes of both; released versions are never edited.
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -100,6 +101,12 @@ pub trait Stateful {
     fn upgrade(_version: u16, _body: &[u8]) -> Option<Result<Self::State, RestoreError>> {
         None
     }
+
+    /// Turns the newest state into the body of an older version, for a destination that reads no newer one.
+    /// What that version has no place for is left out. `None`: no such version was released.
+    fn downgrade(_state: &Self::State, _version: u16) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// [`Stateful`], object-safe: what a machine's list of parts holds.
@@ -108,8 +115,12 @@ pub trait Saved {
     fn kind(&self) -> &'static str;
     /// The newest version that this part writes and reads.
     fn version(&self) -> u16;
-    /// Saves into a section of the given instance.
-    fn save_section(&self, instance: u32) -> Result<Section, SaveError>;
+    /// Saves into a section of the given instance and version.
+    fn save_as(&self, instance: u32, version: u16) -> Result<Section, SaveError>;
+    /// Saves into a section of the given instance, in the newest version.
+    fn save_section(&self, instance: u32) -> Result<Section, SaveError> {
+        self.save_as(instance, self.version())
+    }
     /// Restores from a section of this kind.
     fn restore_section(&mut self, section: &Section) -> Result<(), RestoreError>;
 }
@@ -123,13 +134,16 @@ impl<T: Stateful> Saved for T {
         T::VERSION
     }
 
-    fn save_section(&self, instance: u32) -> Result<Section, SaveError> {
-        let body = postcard::to_stdvec(&self.save()?).map_err(|e| SaveError {
+    fn save_as(&self, instance: u32, version: u16) -> Result<Section, SaveError> {
+        let state = self.save()?;
+        let older = || T::downgrade(&state, version);
+        let body = if version == T::VERSION { Some(to_body(&state)) } else { older() };
+        let body = body.ok_or_else(|| SaveError {
             kind: T::KIND,
-            what: "encode",
-            source: std::io::Error::other(e),
+            what: "write it in an older version",
+            source: std::io::Error::other(format!("version {version} is unknown")),
         })?;
-        Ok(Section { kind: T::KIND.to_owned(), instance, version: T::VERSION, body })
+        Ok(Section { kind: T::KIND.to_owned(), instance, version, body })
     }
 
     fn restore_section(&mut self, section: &Section) -> Result<(), RestoreError> {
@@ -150,8 +164,26 @@ pub fn decode<T: Stateful>(section: &Section) -> Result<T::State, RestoreError> 
     if found < T::VERSION {
         return T::upgrade(found, &section.body).ok_or(malformed)?;
     }
-    match postcard::take_from_bytes::<T::State>(&section.body) {
+    from_body(T::KIND, found, &section.body)
+}
+
+/// The body of a section: a state's encoding.
+#[must_use]
+pub fn to_body<S: Serialize>(state: &S) -> Vec<u8> {
+    postcard::to_stdvec(state).expect("plain data encodes into memory")
+}
+
+/// The state that a body is, wholly. `kind` and `version` are for the error.
+///
+/// # Errors
+/// It isn't.
+pub fn from_body<S: DeserializeOwned>(
+    kind: &'static str,
+    version: u16,
+    body: &[u8],
+) -> Result<S, RestoreError> {
+    match postcard::take_from_bytes(body) {
         Ok((state, [])) => Ok(state),
-        _ => Err(malformed),
+        _ => Err(RestoreError::Decode { kind, version }),
     }
 }

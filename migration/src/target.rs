@@ -13,7 +13,7 @@ use crate::channel::{Channel, ChannelError, Flow, Incoming, Wait};
 use crate::chunk::Encoding;
 use crate::error::MigrateError;
 use crate::guest::{Host, Reserved, Vacant};
-use crate::message::{self, Accepted, HelloReply, Message, Reasons, Resolve};
+use crate::message::{self, Accepted, HelloReply, Message, Reads, Reasons, Resolve};
 use crate::plan::{MigrationId, Plan, SECTIONS_MAX};
 use crate::report::{Observer, Progress, Stage, micros};
 use crate::state::Section;
@@ -29,6 +29,8 @@ pub use receiver::Copied;
 pub struct Options {
     /// This program and its version.
     pub software: String,
+    /// The newest version that this program reads of each kind of section of which that isn't 1.
+    pub reads: Reads,
     /// How long a connection may take to say what it wants: a source does so at once.
     pub hello: Duration,
     /// How long the source may keep still.
@@ -43,7 +45,13 @@ impl Options {
     pub fn new(software: impl Into<String>) -> Self {
         let limit = Duration::from_secs(30);
         let hello = Duration::from_secs(10);
-        Self { software: software.into(), hello, still: limit, commit: limit }
+        Self {
+            software: software.into(),
+            reads: Reads::default(),
+            hello,
+            still: limit,
+            commit: limit,
+        }
     }
 }
 
@@ -200,6 +208,7 @@ impl Common {
         };
         let software = self.options.software.clone();
         let reply = HelloReply { protocol, encodings: Encoding::KNOWN, software };
+        self.channel.put(&Message::Reads(self.options.reads.clone()));
         let sent = self
             .exchange(observer, |channel, wait| channel.send(&Message::HelloReply(reply), wait));
         match sent {

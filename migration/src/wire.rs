@@ -63,6 +63,7 @@ pub mod record {
     pub const UNKNOWN_ID: u32 = 22;
     pub const SNAPSHOT: u32 = 23;
     pub const MEMORY_SUMS: u32 = 24;
+    pub const READS: u32 = 25;
 }
 
 /// The name of a record type, for `inspect` and for errors.
@@ -93,6 +94,7 @@ pub fn record_name(kind: u32) -> &'static str {
         record::UNKNOWN_ID => "UnknownId",
         record::SNAPSHOT => "Snapshot",
         record::MEMORY_SUMS => "MemorySums",
+        record::READS => "Reads",
         _ => "unknown",
     }
 }
@@ -106,7 +108,7 @@ pub fn len_max(kind: u32) -> u32 {
         record::RESERVE | record::SNAPSHOT => 1024 * KIB,
         record::PAGES | record::PING => 1088 * KIB,
         record::MEMORY_SUMS => 256 * KIB + 64,
-        record::HELLO..=record::MEMORY_SUMS => 64 * KIB,
+        record::HELLO..=record::READS => 64 * KIB,
         _ => RECORD_LEN_MAX,
     }
 }
@@ -234,7 +236,7 @@ pub struct RecordHead {
 }
 
 impl RecordHead {
-    /// The head of a mandatory record.
+    /// The head of a record: mandatory, but for `Reads`, which protocol 1 began without.
     ///
     /// # Panics
     /// If `len` is over the type's limit: the writer's own mistake.
@@ -242,7 +244,7 @@ impl RecordHead {
     pub fn new(kind: u32, len: usize) -> Self {
         let len = u32::try_from(len).expect("a body within its limit");
         assert!(len <= len_max(kind), "{} of {len} bytes is over its limit", record_name(kind));
-        Self { kind, optional: false, len }
+        Self { kind, optional: kind == record::READS, len }
     }
 
     /// The eight bytes.
@@ -278,7 +280,7 @@ impl RecordHead {
     }
 }
 
-/// Appends one mandatory record to `out` and gives its checksum.
+/// Appends one record to `out` and gives its checksum.
 ///
 /// # Panics
 /// If the body is over the type's limit.
@@ -320,9 +322,8 @@ pub fn read_record(
     Ok((record, crc))
 }
 
-/// The running digest of one direction of a stream: CRC-32 over the records' checksums in order, each
-/// as four little-endian bytes. It finds a record lost, doubled or moved, which no record's own
-/// checksum can.
+/// The running digest of one direction of a stream: CRC-32 over the records' checksums in order, four
+/// little-endian bytes each. It finds a record lost, doubled or moved, which no record's own can.
 #[derive(Clone, Debug, Default)]
 pub struct Digest {
     crc: crc32fast::Hasher,

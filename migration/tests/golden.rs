@@ -85,6 +85,7 @@ fn messages() -> Vec<Message> {
         Message::Failed(reasons()),
         Message::Resolve(Resolve { protocol_min: 1, protocol_max: 1, id }),
         Message::UnknownId,
+        Message::Reads(Reads { newest: vec![("serial".into(), 2)] }),
     ]
 }
 
@@ -166,6 +167,20 @@ fn sections_are_held_against_the_parts() {
         plan.section_reasons(&[part("vcpu", 0, 1)]),
         ["no part here takes section virtio-blk/2"]
     );
+}
+
+/// What a newer source sends to a destination that reads less, or doesn't say: the newest that both know.
+#[test]
+fn plans_are_lowered_to_what_the_destination_reads() {
+    let lowered = |newest: &[(&str, u16)]| {
+        let mut plan = plan();
+        let newest = newest.iter().map(|(kind, version)| ((*kind).to_owned(), *version)).collect();
+        plan.lower_to(&Reads { newest });
+        plan.sections.iter().map(|id| id.version).collect::<Vec<_>>()
+    };
+    assert_eq!(lowered(&[]), [1, 1]);
+    assert_eq!(lowered(&[("virtio-blk", 2)]), [1, 2]);
+    assert_eq!(lowered(&[("virtio-blk", 9), ("vcpu", 9), ("serial", 2)]), [1, 3]);
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn input_waits_while_the_machine_rests() {
     let mut client = UnixStream::connect(&path).unwrap();
     client.write_all(b"1").unwrap();
     assert_eq!(guest.receive(1), b"1");
-    console.detach();
+    assert_eq!(console.detach(), b"");
     let bus = Arc::get_mut(&mut guest.bus).expect("nobody else has the bus at rest");
     assert_eq!(bus.get_mut(guest.slot).kind(), "serial");
     client.write_all(b"2").unwrap();
@@ -166,7 +166,7 @@ fn a_file_is_appended_to_and_null_takes_all() {
     let guest = Guest::new(&console);
     guest.send(&vec![0; 100_000]);
     assert_eq!(guest.status(), 0x60);
-    console.detach();
+    assert_eq!(console.detach(), b"");
     assert!(console.flush(LONG));
 }
 

@@ -40,8 +40,9 @@ const BUSY: &[u8] = b"vmm: another client has this console\r\n";
 pub enum Message {
     /// The machine is in motion.
     Attach(Uart),
-    /// The machine comes to rest; to be answered when the UART has been let go of.
-    Detach(SyncSender<()>),
+    /// The machine comes to rest, or is at rest and about to leave; to be answered, when the UART has been let
+    /// go of, with what was read for the guest and not taken.
+    Detach(SyncSender<Vec<u8>>),
     /// The console ends.
     Stop,
 }
@@ -206,10 +207,10 @@ impl Input {
             match self.messages.try_recv() {
                 Ok(Message::Attach(uart)) => self.uart = Some(uart),
                 Ok(Message::Detach(done)) => {
-                    // What the guest can't take any more is left to whoever reads for it next.
+                    // What was read for the guest goes with it; what wasn't is left to whoever reads next.
                     (self.uart, self.room) = (None, 0);
                     // Somebody who asked and went away isn't waiting.
-                    let _ = done.send(());
+                    let _ = done.send(std::mem::take(&mut self.typed).into());
                 }
                 Ok(Message::Stop) | Err(std::sync::mpsc::TryRecvError::Disconnected) => {
                     return false;

@@ -147,14 +147,15 @@ impl Console {
         }
     }
 
-    /// The machine comes to rest: returns when `uart` has been dropped.
-    pub fn detach(&self) {
-        if let Some(live) = &self.live {
-            let (done, wait) = sync_channel(1);
-            live.tell(Message::Detach(done));
-            // An error means that the thread has ended, and dropped all that it had.
-            let _ = wait.recv();
-        }
+    /// The machine comes to rest, or is at rest and about to leave: returns when `uart` has been dropped. Gives
+    /// what was read for the guest, and not taken by it.
+    #[must_use]
+    pub fn detach(&self) -> Vec<u8> {
+        let Some(live) = &self.live else { return Vec::new() };
+        let (done, wait) = sync_channel(1);
+        live.tell(Message::Detach(done));
+        // An error means that the thread has ended, and dropped all that it had.
+        wait.recv().unwrap_or_default()
     }
 
     /// Waits until all output is written, at most for `timeout`. False if something is left. To be

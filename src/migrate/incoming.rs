@@ -5,8 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use vmm_devices::serial::Serial;
 use vmm_migration::channel::{Channel, Flow};
+use vmm_migration::message::Reads;
 use vmm_migration::report::{Observer, Progress};
+use vmm_migration::state::Stateful;
 use vmm_migration::target::{self, Ended, Farewell, Greeted, Opening, Options, Question, Target};
 
 use super::arriving::{Arrived, Destination};
@@ -189,10 +192,16 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
     }
 }
 
+/// The newest version of each section that has changed since the first.
+fn reads() -> Reads {
+    Reads { newest: vec![(Serial::KIND.to_owned(), Serial::VERSION)] }
+}
+
 /// Hears what a connection wants, and lets it in unless another has come first.
 fn greet(channel: Channel, busy: &Arc<AtomicBool>, give: &Sender<(Caller, Option<Claim>)>) {
     let mut observer = |_: &Progress| Flow::Continue;
-    let caller = target::accept(channel, Options::new(software()), &mut observer);
+    let options = Options { reads: reads(), ..Options::new(software()) };
+    let caller = target::accept(channel, options, &mut observer);
     let claim = if caller.is_ok() { Claim::stake(busy) } else { None };
     match caller {
         Ok(Opening::Migrate(target)) if claim.is_none() => target.refuse(BUSY),

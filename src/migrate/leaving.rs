@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use vmm_migration::guest::{Example, Failed, GuestError, Halted, Live, Locks, Memory};
 use vmm_migration::pages::{PageSet, Run};
-use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, Space};
+use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
 use vmm_migration::report::micros;
 use vmm_migration::state::Section;
 
@@ -63,7 +63,7 @@ impl Live for LiveGuest {
         plan(self.core(), matches!(self.vm, Some(Vm::Paused(_))))
     }
 
-    fn example(&mut self) -> Result<Example, GuestError> {
+    fn example(&mut self, listed: &[SectionId]) -> Result<Example, GuestError> {
         let start = Instant::now();
         let (mut machine, paused) = match self.vm.take().expect(HERE) {
             Vm::Paused(machine) => (machine, true),
@@ -71,9 +71,9 @@ impl Live for LiveGuest {
         };
         let stopped = start.elapsed();
         // Saved twice: the save that counts will not be the first either, so the second is timed.
-        let saved = machine.save().and_then(|_| {
+        let saved = machine.save(listed).and_then(|_| {
             let start = Instant::now();
-            machine.save().map(|sections| (sections, start.elapsed()))
+            machine.save(listed).map(|sections| (sections, start.elapsed()))
         });
         self.dirtiers = Dirtiers::of(&machine);
         self.vm = Some(Vm::go_on(machine, paused));
@@ -128,7 +128,10 @@ impl Live for LiveGuest {
 
     fn stop(self) -> Result<HaltedGuest, Failed<Self>> {
         let (machine, paused) = match self.into_vm() {
-            Vm::Paused(machine) => (machine, true),
+            Vm::Paused(machine) => {
+                machine.keep_typed();
+                (machine, true)
+            }
             Vm::Running(running) => (running.stop(), false),
         };
         Ok(HaltedGuest { machine, paused, released: Vec::new() })
@@ -169,8 +172,8 @@ impl Memory for HaltedGuest {
 impl Halted for HaltedGuest {
     type Live = LiveGuest;
 
-    fn sections(&mut self) -> Result<Vec<Section>, GuestError> {
-        Ok(self.machine.save()?)
+    fn sections(&mut self, listed: &[SectionId]) -> Result<Vec<Section>, GuestError> {
+        Ok(self.machine.save(listed)?)
     }
 
     fn paused(&self) -> bool {

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -56,6 +56,16 @@ impl Pty {
     /// Types.
     pub fn type_in(&mut self, keys: &[u8]) {
         self.user.write_all(keys).unwrap();
+    }
+
+    /// Waits until the program has read all that was typed.
+    #[allow(dead_code, reason = "each test program uses a part")]
+    pub fn until_read(&self) {
+        let start = Instant::now();
+        while rustix::io::ioctl_fionread(&self.terminal).unwrap() > 0 {
+            assert!(start.elapsed() < self.patience, "the program doesn't read");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Reads what the program shows, until `text` is among it.

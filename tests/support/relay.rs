@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use vmm_migration::wire::{CRC_LEN, HEAD_LEN, PREAMBLE_LEN, RecordHead};
+use vmm_migration::wire::{self, CRC_LEN, HEAD_LEN, PREAMBLE_LEN, RecordHead, record};
 
 use super::vm::{LONG, Place};
 
@@ -34,28 +34,58 @@ struct Trap {
     sprung: Sender<()>,
 }
 
+/// What all connections of a relay share.
+struct Watch {
+    trap: Option<Trap>,
+    /// Records of this type are not passed on.
+    hidden: Option<u32>,
+    /// Kind and version of each section that has passed.
+    sections: Vec<(String, u16)>,
+}
+
 /// The relay, for as long as its thread lives: until the test ends.
 pub struct Relay {
     place: Place,
     sprung: Receiver<()>,
+    watch: Arc<Mutex<Watch>>,
 }
 
 impl Relay {
     /// Between whoever connects here and the destination at a UNIX socket. The trap springs once; later
     /// connections pass untouched.
     pub fn start(destination: &Path, point: Point, spring: impl FnOnce() + Send + 'static) -> Self {
-        let place = Place::new();
-        let listener = UnixListener::bind(place.path("relay.sock")).unwrap();
         let (sender, sprung) = channel();
         let trap = Trap { point, spring: Box::new(spring), sprung: sender };
-        let trap = Arc::new(Mutex::new(Some(trap)));
-        let destination = destination.to_owned();
+        Self::between(destination, sprung, Some(trap), None)
+    }
+
+    /// As [`Self::start`], without a trap; records of one type are kept from both ends.
+    pub fn hiding(destination: &Path, kind: u32) -> Self {
+        Self::between(destination, channel().1, None, Some(kind))
+    }
+
+    fn between(
+        destination: &Path,
+        sprung: Receiver<()>,
+        trap: Option<Trap>,
+        hidden: Option<u32>,
+    ) -> Self {
+        let place = Place::new();
+        let listener = UnixListener::bind(place.path("relay.sock")).unwrap();
+        let watch = Arc::new(Mutex::new(Watch { trap, hidden, sections: Vec::new() }));
+        let (destination, watched) = (destination.to_owned(), Arc::clone(&watch));
         thread::spawn(move || {
             for source in listener.incoming() {
-                join(&source.unwrap(), &destination, &trap);
+                join(&source.unwrap(), &destination, &watched);
             }
         });
-        Self { place, sprung }
+        Self { place, sprung, watch }
+    }
+
+    /// The versions of the sections of a kind that have passed, in order.
+    pub fn versions(&self, kind: &str) -> Vec<u16> {
+        let watch = self.watch.lock().unwrap();
+        watch.sections.iter().filter(|(k, _)| k == kind).map(|(_, version)| *version).collect()
     }
 
     /// Where the source connects to.
@@ -74,14 +104,14 @@ impl Relay {
 }
 
 /// Joins two ends. Where there is no destination, the source sees its connection end.
-fn join(source: &UnixStream, destination: &Path, trap: &Arc<Mutex<Option<Trap>>>) {
+fn join(source: &UnixStream, destination: &Path, watch: &Arc<Mutex<Watch>>) {
     let Ok(destination) = UnixStream::connect(destination) else { return };
     for (from, to) in [(source, &destination), (&destination, source)] {
         let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-        let trap = Arc::clone(trap);
+        let watch = Arc::clone(watch);
         thread::spawn(move || {
             // Either end may go at any time.
-            let _ = pump(&from, &to, &trap);
+            let _ = pump(&from, &to, &watch);
             let _ = from.shutdown(Shutdown::Both);
             let _ = to.shutdown(Shutdown::Both);
         });
@@ -89,7 +119,7 @@ fn join(source: &UnixStream, destination: &Path, trap: &Arc<Mutex<Option<Trap>>>
 }
 
 /// Passes a preamble and records on, until the end or the trap.
-fn pump(mut from: &UnixStream, mut to: &UnixStream, trap: &Mutex<Option<Trap>>) -> io::Result<()> {
+fn pump(mut from: &UnixStream, mut to: &UnixStream, watch: &Mutex<Watch>) -> io::Result<()> {
     let mut preamble = [0; PREAMBLE_LEN];
     from.read_exact(&mut preamble)?;
     to.write_all(&preamble)?;
@@ -102,9 +132,17 @@ fn pump(mut from: &UnixStream, mut to: &UnixStream, trap: &Mutex<Option<Trap>>) 
         let mut whole = head.to_vec();
         whole.extend(rest);
         let caught = {
-            let mut trap = trap.lock().unwrap();
-            let kind = u32::from_le_bytes([head[0], head[1], head[2], head[3]]);
-            match trap.as_mut() {
+            let mut watch = watch.lock().unwrap();
+            let kind = record.kind;
+            if watch.hidden == Some(kind) {
+                continue;
+            }
+            if kind == record::SECTION {
+                let body = &whole[HEAD_LEN..][..record.body_len()];
+                let section = wire::decode_section(body).expect("a section");
+                watch.sections.push((section.kind, section.version));
+            }
+            match watch.trap.as_mut() {
                 Some(Trap { point: Point { after: after @ Some(_), .. }, .. })
                     if *after == Some(kind) =>
                 {
@@ -114,7 +152,7 @@ fn pump(mut from: &UnixStream, mut to: &UnixStream, trap: &Mutex<Option<Trap>>) 
                 Some(Trap { point: Point { kind: at, after: None, .. }, .. })
                     if [ANY, kind].contains(at) =>
                 {
-                    trap.take()
+                    watch.trap.take()
                 }
                 _ => None,
             }

@@ -11,7 +11,7 @@ use super::{BLOCK_LEN, Header, MEMORY_FILE, STATE_FILE, SnapshotError, encode_st
 use crate::channel::Flow;
 use crate::guest::{GuestError, Halted, Live, Memory};
 use crate::pages::{PAGE_SIZE, PageSet, Run, is_zero};
-use crate::plan::{MigrationId, Space};
+use crate::plan::{MigrationId, SectionId, Space};
 use crate::report::{Observer, Progress, Stage};
 use crate::source::WINDOW_PAGES;
 use crate::state::Section;
@@ -83,7 +83,7 @@ pub fn save<L: Live>(
             return not_saved(Ok(failed.guest), error);
         }
     };
-    let saved = files.while_stopped(&mut halted, &mut left, observer);
+    let saved = files.while_stopped(&mut halted, &mut left, &header.plan.sections, observer);
     let paused = halted.paused();
     let guest = match halted.resume() {
         Ok(guest) => guest,
@@ -182,13 +182,14 @@ impl Files {
         &mut self,
         guest: &mut H,
         left: &mut PageSet,
+        listed: &[SectionId],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Section>, SnapshotError> {
         let failed = |doing| move |source| SnapshotError::Guest { doing, source };
         self.progress.stage = Stage::StopAndCopy;
         guest.dirty_pages(left).map_err(failed("collecting the last dirty pages"))?;
         self.write_set(left, observer, |run, bytes| Memory::read(guest, run, bytes))?;
-        guest.sections().map_err(failed("saving the guest's state"))
+        guest.sections(listed).map_err(failed("saving the guest's state"))
     }
 
     fn write_set(

@@ -125,7 +125,9 @@ impl Common {
         sender.send(self, left, &mut AsTheyAre(&mut *guest), observer)?;
         sender.flush(self, observer)?;
         downtime.pages_us = lap.us(&self.channel);
-        let saved = guest.sections().map_err(self.guest_error("saving the guest's state"))?;
+        let listed = std::mem::take(&mut self.sections);
+        let saved =
+            guest.sections(&listed).map_err(self.guest_error("saving the guest's state"))?;
         let sections = u32::try_from(saved.len()).unwrap_or(u32::MAX);
         saved.into_iter().for_each(|section| self.channel.put(&Message::Section(section)));
         let (records, digest) = self.channel.sent_digest();

@@ -192,7 +192,7 @@ impl Live for FakeLive {
         })
     }
 
-    fn example(&mut self) -> Result<Example, GuestError> {
+    fn example(&mut self, _listed: &[SectionId]) -> Result<Example, GuestError> {
         self.step();
         Ok(Example { sections: self.save(), stop_us: 100 })
     }
@@ -264,7 +264,7 @@ impl Memory for FakeHalted {
 impl Halted for FakeHalted {
     type Live = FakeLive;
 
-    fn sections(&mut self) -> Result<Vec<Section>, GuestError> {
+    fn sections(&mut self, _listed: &[SectionId]) -> Result<Vec<Section>, GuestError> {
         self.0.world.step(Side::Source);
         Ok(self.0.save())
     }

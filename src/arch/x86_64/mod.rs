@@ -130,4 +130,6 @@ fn lapic_in_use(vcpu: &VcpuFd) -> bool {
 }
 
 #[cfg(test)]
+mod golden_tests;
+#[cfg(test)]
 mod kvm_tests;
