@@ -262,7 +262,11 @@ fn what_the_destination_lacks() {
     let disk = |id: &str, path: &Path| format!("id={id},path={}", path.display());
     for (option, value, words) in [
         ("--disk", disk("other", &image), &["id=other", "no such disk"][..]),
-        ("--disk", disk("data", &place.path("missing")), &["missing"]),
+        (
+            "--disk",
+            disk("data", &place.path("missing")),
+            &["missing is not here", "--disk id=data,"],
+        ),
         ("--disk", disk("data", &small), &["small"]),
         ("--net", "id=net0,tap=tap0".to_owned(), &["net0"]),
         ("--serial", "unix:/nowhere/at/all".to_owned(), &["/nowhere/at/all"]),

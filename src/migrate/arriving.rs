@@ -250,6 +250,11 @@ pub(super) fn disk_reasons(config: &Config, plan: &Plan) -> Vec<String> {
             continue;
         };
         match size(&disk.path) {
+            Err(DiskError::Missing { path }) => reasons.push(format!(
+                "disk {id}: {} is not here: say where it is with --disk id={id},path=PATH",
+                path.display(),
+                id = disk.id
+            )),
             Err(e) => reasons.push(chain(&e)),
             Ok(bytes) if bytes != need.bytes => reasons.push(format!(
                 "disk {}: {} has {bytes} bytes here, {} at the source",
