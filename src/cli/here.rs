@@ -77,10 +77,17 @@ impl Here {
         };
         for text in &self.disks {
             let (id, path) = pair("disk", text, "path=PATH")?;
+            if overrides.disks.iter().any(|(other, _)| *other == id) {
+                return Err(usage(format!("--disk id={id} is given twice")));
+            }
             overrides.disks.push((id, absolute("--disk", &path)?));
         }
         for text in &self.nets {
-            overrides.nets.push(pair("net", text, "tap=NAME")?);
+            let (id, tap) = pair("net", text, "tap=NAME")?;
+            if overrides.nets.iter().any(|(other, _)| *other == id) {
+                return Err(usage(format!("--net id={id} is given twice")));
+            }
+            overrides.nets.push((id, tap));
         }
         Ok(overrides)
     }
