@@ -109,6 +109,7 @@ pub struct Memory {
     pagemap: Option<Pagemap>,
 }
 
+const LESS_HINT: &str = ": give the guest less with --mem";
 const HUGE_HINT: &str = ": reserve 2 MiB pages (sysctl vm.nr_hugepages) or drop --hugepages";
 
 impl Memory {
@@ -334,7 +335,7 @@ fn open_backing(backing: Backing, len: u64) -> Result<(File, i32, &'static str),
                 // Reserved when mapped: a guest must not die of SIGBUS when the pool runs dry.
                 (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED, HUGE_HINT)
             } else {
-                (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE, "")
+                (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE, LESS_HINT)
             };
             let fail =
                 |e: rustix::io::Errno| MemoryError::Create { hint, source: io::Error::from(e) };

@@ -182,6 +182,9 @@ fn help_is_complete() {
     assert_eq!(world.says(&["--version"]), version);
 }
 
+const MOVE: &[&str] = &["migrate", "--connect", "tcp:there:4444", "a"];
+const LISTEN: &[&str] = &["migrate", "--listen", "tcp:127.0.0.1:4444"];
+
 #[test]
 fn wrong_usage_is_status_2_and_one_line() {
     let world = World::new();
@@ -210,6 +213,19 @@ fn wrong_usage_is_status_2_and_one_line() {
         (&["stop", "a", "--timeout", "5"], "--timeout '5': not a duration"),
         (&["stop", "a", "--timeout"], "--timeout needs a value"),
         (&["stop", "a", "--force", "--timeout", "5s"], "exclude each other"),
+        (&["migrate", "a"], "exactly one of --listen, --connect, --cancel and --resolve is needed"),
+        (&["migrate", "--connect", "stdio", "a"], "--connect: a VM has no standard output"),
+        (&[MOVE, &["--downtime-limit", "0s"]].concat(), "--downtime-limit: it takes 1ms to 1h"),
+        (&[MOVE, &["--timeout", "0s"]].concat(), "--timeout: it takes 1ms to 168h"),
+        (&[MOVE, &["--bandwidth", "1K"]].concat(), "--bandwidth: it takes at least 1M"),
+        (
+            &[LISTEN, &["--disk", "id=d,path=/a", "--disk", "id=d,path=/b"]].concat(),
+            "id=d is given twice",
+        ),
+        (
+            &[LISTEN, &["--net", "id=n,tap=a", "--net", "id=n,tap=b"]].concat(),
+            "id=n is given twice",
+        ),
     ] {
         let line = world.fails(2, args);
         assert!(line.contains(words), "{args:?}: {line}");
@@ -276,6 +292,8 @@ fn a_vm_that_is_not_there_is_named() {
     drop(UnixListener::bind(&dead).expect("a socket that dies"));
     let line = world.fails(1, &["info", &world.text("dead.sock")]);
     assert!(line.contains("the VM is dead, only its socket is left"), "{line}");
+    let line = world.fails(1, &["info", &world.file("a-file", b"")]);
+    assert!(line.contains("not a control socket"), "{line}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The client's side of the control socket: what `vmm info`, `vmm stop` and their like speak.
 
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,12 @@ pub enum ClientError {
     #[error("{path}: the VM is dead, only its socket is left")]
     Dead {
         /// The socket's path.
+        path: PathBuf,
+    },
+    /// It is something else.
+    #[error("{path}: not a control socket: a VM is a name or its socket's path")]
+    NoSocket {
+        /// The path.
         path: PathBuf,
     },
     /// The kernel doesn't let us connect.
@@ -87,6 +94,9 @@ impl Client {
     pub fn connect(path: &Path) -> Result<Client, ClientError> {
         let fail = |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => ClientError::NoSuchVm { path: path.into() },
+            io::ErrorKind::ConnectionRefused if !is_socket(path) => {
+                ClientError::NoSocket { path: path.into() }
+            }
             io::ErrorKind::ConnectionRefused => ClientError::Dead { path: path.into() },
             _ => ClientError::Connect { path: path.into(), source },
         };
@@ -189,4 +199,9 @@ fn refused(value: &Value, status: u16) -> ClientError {
     let message = value.get("error").and_then(Value::as_str);
     let message = message.map_or_else(|| format!("the VM answered {status}"), str::to_owned);
     ClientError::Refused(ApiError { status, message })
+}
+
+/// A connection to a file of another kind is refused like one to a dead VM.
+fn is_socket(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }

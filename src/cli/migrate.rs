@@ -145,7 +145,9 @@ impl Raw {
         let ways = [self.listen.is_some(), self.connect.is_some(), self.cancel];
         let ways = ways.into_iter().chain([self.resolve.is_some()]).filter(|w| *w).count();
         if ways != 1 {
-            return Err(usage("one of --listen, --connect, --cancel and --resolve is needed"));
+            return Err(usage(
+                "exactly one of --listen, --connect, --cancel and --resolve is needed",
+            ));
         }
         let (other, side) = match &self.listen {
             Some(_) => (&self.connect_only, "--connect"),
@@ -162,7 +164,7 @@ impl Raw {
         if let Some(text) = &self.connect {
             let uri = parse_uri("--connect", text)?;
             let request = Request::Migrate(self.request(uri)?);
-            request.validate().map_err(|e| usage(e.message))?;
+            request.validate().map_err(|e| usage(in_options(&e.message)))?;
             return Ok(migrate(&vm, &request, self.json, self.dry_run));
         }
         let request = match self.resolve.as_deref() {
@@ -232,6 +234,17 @@ impl Raw {
             options.push("--json".to_owned());
         }
         Ok(keep::run(&KeepArgs { uri, options }))
+    }
+}
+
+/// What is wrong with a field of the request, as the options have it.
+fn in_options(message: &str) -> String {
+    match message.split_once(": ") {
+        Some(("uri", why)) => format!("--connect: {why}"),
+        Some(("downtime_limit_ms", _)) => "--downtime-limit: it takes 1ms to 1h".to_owned(),
+        Some(("timeout_ms", _)) => "--timeout: it takes 1ms to 168h".to_owned(),
+        Some(("bandwidth_bits_per_s", _)) => "--bandwidth: it takes at least 1M".to_owned(),
+        _ => message.to_owned(),
     }
 }
 

@@ -225,7 +225,19 @@ impl Listener {
                     (host.as_str(), *port).to_socket_addrs().map_err(fail)?.collect();
                 Ok(Self::Tcp(TcpListener::bind(addresses.as_slice()).map_err(fail)?))
             }
-            Uri::Unix(path) => Ok(Self::Unix(ControlSocket::bind(path)?)),
+            Uri::Unix(path) => {
+                let unfit = |why| LinkError::Unfit { uri: uri.clone(), why };
+                let socket = ControlSocket::bind(path).map_err(|e| match e {
+                    SocketError::Live { .. } => {
+                        unfit("can't listen: somebody does already: take another path")
+                    }
+                    SocketError::Occupied { .. } => {
+                        unfit("can't listen: it exists and is not a socket: take another path")
+                    }
+                    e => LinkError::Socket(e),
+                })?;
+                Ok(Self::Unix(socket))
+            }
             Uri::Stdio => Ok(Self::Stdio(AtomicBool::new(false))),
             Uri::Exec(_) => {
                 Err(LinkError::Unfit { uri: uri.clone(), why: "only --connect takes exec:" })

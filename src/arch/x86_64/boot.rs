@@ -69,8 +69,9 @@ pub enum BootError {
     CmdlineZero,
     /// Kernel and initrd together are too much for this RAM.
     #[error(
-        "the initrd has {initrd} bytes, but only {room} bytes of RAM are left for it beside the kernel: \
-         give the machine more memory"
+        "the initrd has {} MiB, and {} MiB of RAM are left for it beside the kernel: give the guest more \
+         with --mem",
+        initrd.div_ceil(1 << 20), room >> 20
     )]
     InitrdTooBig {
         /// Size of the initrd in bytes.
