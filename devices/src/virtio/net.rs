@@ -166,8 +166,8 @@ impl Net {
         self.config.update(0, &config_bytes(self.mac, self.status, self.mtu));
     }
 
-    /// Sends all that the guest made available, within the burst.
-    fn transmit(&mut self, io: &mut QueueIo<'_>) -> Result<(), DriverFault> {
+    /// Sends all that the guest made available, within the burst. Whether there was anything.
+    fn transmit(&mut self, io: &mut QueueIo<'_>) -> Result<bool, DriverFault> {
         let ram = io.ram();
         let mut slices = Vec::new();
         let mut used = Vec::new();
@@ -190,7 +190,7 @@ impl Net {
             used.push((chain.head, 0));
         }
         // The driver reclaims what was sent at its leisure: one update of the index will do.
-        if used.is_empty() { Ok(()) } else { io.push_all(TX, &used) }
+        if used.is_empty() { Ok(false) } else { io.push_all(TX, &used).map(|()| true) }
     }
 
     /// Makes the backend leave undone what the guest now takes.
@@ -270,7 +270,11 @@ impl VirtioDevice for Net {
         match queue {
             RX if self.receiver.is_starved() => self.source_ready(0, io).map(drop),
             RX => Ok(()),
-            TX => self.transmit(io),
+            TX => {
+                // The host's kernel often answers while it is sent to: one interrupt then tells of both.
+                let may_be_answered = self.transmit(io)? && !self.receiver.is_starved();
+                if may_be_answered { self.source_ready(0, io).map(drop) } else { Ok(()) }
+            }
             _ => self.control(io),
         }
     }

@@ -25,6 +25,26 @@ fn frames_go_out_whole_with_their_header() {
 }
 
 #[test]
+fn an_answer_to_a_frame_is_told_of_with_it() {
+    let mut b = Bench::new(MERGE);
+    b.post(2, 1536);
+    b.net.inner().incoming.push_back(frame(100, 1));
+    assert!(!b.process(TX).used, "nothing was sent, nothing is looked for");
+    b.rings[TX].add(&[Buf::readable(0, 72)]);
+    assert!(b.process(TX).used);
+    assert!(b.rings[TX].pop_used().is_some());
+    b.expect(&frame(100, 1), 1);
+    // Who has no buffers for it waits for some, not for the next frame that goes out.
+    b.net.inner().incoming.extend([frame(65000, 2), frame(100, 3)]);
+    for _ in 0..2 {
+        b.rings[TX].add(&[Buf::readable(0, 72)]);
+        b.process(TX);
+    }
+    let inner = b.net.inner();
+    assert_eq!((inner.incoming.len(), inner.offered.len()), (1, 2));
+}
+
+#[test]
 fn what_can_not_be_sent_is_dropped_and_given_back() {
     let mut b = Bench::new(0);
     b.rings[TX].add(&[Buf::readable(0, 65536), Buf::readable(0, 65536)]);
