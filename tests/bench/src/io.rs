@@ -12,13 +12,14 @@ use crate::{Result, Settings};
 
 /// Size of the image, and of what goes over TCP each way.
 const DISK_MIB: usize = 128;
-const NET_MIB: usize = 128;
+const NET_MIB: usize = 256;
 const DISK: &str = "/tmp/bench.disk";
 const TAP: &str = "bench0";
 
 const ROWS: &[Row] = &[
     ("read", "disk, sequential read", "MiB/s", Goal::Times(1.2)),
     ("write", "disk, sequential write and fsync", "MiB/s", Goal::Times(1.2)),
+    ("direct", "disk, sequential direct write and fsync", "MiB/s", Goal::Times(1.2)),
     ("send", "TCP out of the guest", "MiB/s", Goal::Times(1.2)),
     ("receive", "TCP into the guest", "MiB/s", Goal::Times(1.2)),
 ];
