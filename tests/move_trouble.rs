@@ -96,6 +96,34 @@ fn cancelled_at_the_destination() {
     }
 }
 
+/// Where it arrives, a VM is known, says how far it is, and can be turned away.
+#[test]
+fn cancelled_by_command_at_the_destination() {
+    if has_kvm() {
+        let (source, client, destination) = in_pre_copy();
+        let info = destination.info();
+        assert_eq!(info["state"], "arriving");
+        assert_eq!(info["migration"]["stage"], "pre-copy");
+        let output = destination.place.tell(&["pause"]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        destination.tell(&["migrate", "--cancel"]);
+        client.wait().check_failed(&["the destination says", "cancelled"]);
+        check_gone(destination, &["cancelled"]);
+        check_stayed(source);
+    }
+}
+
+#[test]
+fn stopped_by_force_at_the_destination() {
+    if has_kvm() {
+        let (source, client, destination) = in_pre_copy();
+        destination.tell(&["stop", "--force"]);
+        client.wait().check_failed(&["the destination says", "cancelled"]);
+        check_gone(destination, &["cancelled"]);
+        check_stayed(source);
+    }
+}
+
 #[test]
 fn the_destination_is_killed() {
     if has_kvm() {

@@ -11,9 +11,8 @@ use vmm_migration::report::Progress;
 use super::Outcome;
 use super::progress::Display;
 use super::run::{self, CONSOLE_FLUSH_TIMEOUT};
-use crate::api::server::Server;
 use crate::control;
-use crate::event::Event;
+use crate::event::{ApiError, Event, Reply, Request};
 use crate::log;
 use crate::migrate::arriving::{Arrived, Destination, Overrides};
 use crate::migrate::incoming::{self, Arrival, Door};
@@ -68,6 +67,7 @@ pub fn run(args: ListenArgs) -> Outcome {
             display.show(&json!(progress));
             match inbox.try_recv() {
                 Ok(Event::Signal(_) | Event::ConsoleQuit) => Flow::Cancel,
+                Ok(Event::Request { request, reply }) => answer(&request, reply, progress),
                 Ok(other) => {
                     deferred.push(other);
                     Flow::Continue
@@ -111,15 +111,32 @@ pub fn run(args: ListenArgs) -> Outcome {
     }
 }
 
+/// Answers a client of the VM that is about to be here.
+fn answer(request: &Request, reply: Reply, progress: &Progress) -> Flow {
+    match request {
+        Request::Info => reply.done(Ok(json!({
+            "state": "arriving", "pid": std::process::id(), "migration": progress,
+        }))),
+        Request::CancelMigration => {
+            reply.done(Ok(json!({})));
+            return Flow::Cancel;
+        }
+        // The client learns that it has ended.
+        Request::Stop { force: true } => return Flow::Cancel,
+        _ => reply.done(Err(ApiError::conflict(
+            "the VM is arriving: wait until it is here, or cancel it (vmm migrate --cancel VM)",
+        ))),
+    }
+    Flow::Continue
+}
+
 /// Stays with a guest that came from elsewhere until it ends.
 pub(super) fn live(
     arrived: Arrived,
     events: &mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
 ) -> Outcome {
-    let Arrived { vm, socket, console } = arrived;
-    let name = vm.config().name.clone();
-    let server = Server::start(socket, &name, events.clone()).map_err(run::RunError::Serve)?;
+    let Arrived { vm, server, console } = arrived;
     let end = control::serve(vm, &console, events, &inbox).map_err(run::RunError::from);
     if !console.flush(CONSOLE_FLUSH_TIMEOUT) {
         tracing::warn!("the console's reader is too slow: some of the guest's output is lost");

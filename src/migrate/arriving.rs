@@ -15,6 +15,7 @@ use vmm_migration::state::Section;
 
 use super::cpu;
 use super::mapping::Mapping;
+use crate::api::server::Server;
 use crate::api::socket::{self, ControlSocket, SocketError};
 use crate::arch::clock::Downtime;
 use crate::backend::disk::{DiskError, Locking};
@@ -59,7 +60,7 @@ pub struct VacantGuest {
     /// Since the first round's end, until its state is there.
     mapping: Option<Mapping>,
     machine: Machine,
-    socket: ControlSocket,
+    server: Server,
     console: Arc<Console>,
     /// kvmclock at the source when the guest was saved, in nanoseconds.
     saved_clock_ns: Option<u64>,
@@ -69,8 +70,8 @@ pub struct VacantGuest {
 pub struct Arrived {
     /// Running, or paused as it was.
     pub vm: Vm,
-    /// Its control socket, not served yet.
-    pub socket: ControlSocket,
+    /// Its control socket, served.
+    pub server: Server,
     /// Its console.
     pub console: Arc<Console>,
 }
@@ -86,6 +87,7 @@ impl Host for Destination {
             return Err(reasons);
         }
         let socket = self.socket(&config).map_err(one_line)?;
+        let server = Server::start(socket, &config.name, self.events.clone()).map_err(one_line)?;
         let console = Console::open(&config.serial, self.events.clone()).map_err(one_line)?;
         let console = Arc::new(console);
         let origin = Origin {
@@ -103,7 +105,7 @@ impl Host for Destination {
         }
         machine.warm_up();
         let locks_seen = locks_seen(&machine);
-        let guest = VacantGuest { mapping: None, machine, socket, console, saved_clock_ns: None };
+        let guest = VacantGuest { mapping: None, machine, server, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
     }
 }
@@ -187,7 +189,7 @@ impl Vacant for VacantGuest {
     }
 
     fn activate(self, paused: bool) -> Result<Active<Arrived>, GuestError> {
-        let Self { mapping: _, machine, socket, console, saved_clock_ns } = self;
+        let Self { mapping: _, machine, server, console, saved_clock_ns } = self;
         take_disks(&machine)?;
         for (_, announcer) in &machine.core.platform.taps {
             announcer.request();
@@ -197,7 +199,7 @@ impl Vacant for VacantGuest {
         let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
         let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
         announce(taps);
-        Ok(Active { running: Arrived { vm, socket, console }, guest_stall_us: gap })
+        Ok(Active { running: Arrived { vm, server, console }, guest_stall_us: gap })
     }
 }
 

@@ -19,7 +19,7 @@ use super::verdicts::{VERDICT_KEPT, Verdicts};
 use crate::event::Event;
 
 /// How long a source whose migration is over (a dry run's, say) may take to be gone here.
-const LEAVING: Duration = Duration::from_millis(500);
+const LEAVING: Duration = Duration::from_secs(2);
 /// Connections that are heard out at the same time.
 const GREETED_MAX: usize = 16;
 /// What a source is told that comes second.

@@ -11,6 +11,7 @@ use vmm_migration::snapshot::{BLOCK_LEN, Snapshot, SnapshotError};
 
 use super::arriving::{self, Arrived, Destination};
 use super::cpu;
+use crate::api::server::Server;
 use crate::api::socket::SocketError;
 use crate::arch::boot::{self, BootError};
 use crate::arch::clock::Downtime;
@@ -52,6 +53,9 @@ pub enum RestoreFault {
     /// The control socket.
     #[error("control socket")]
     Socket(#[from] SocketError),
+    /// It can't be served.
+    #[error("can't serve the control socket")]
+    Serve(#[source] std::io::Error),
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
@@ -138,9 +142,11 @@ pub fn restore(
         announcer.request();
     }
     let taps = machine.core.platform.taps.to_vec();
+    let name = &machine.config().name;
+    let server = Server::start(socket, name, here.events.clone()).map_err(RestoreFault::Serve)?;
     let vm = Vm::go_on(machine, paused);
     arriving::announce(taps);
-    Ok(Arrived { vm, socket, console })
+    Ok(Arrived { vm, server, console })
 }
 
 /// The guest may have been restored before, or run on after its snapshot: it gets a generation id of its
