@@ -45,7 +45,8 @@ impl Bar {
 
     /// Draws where it stands, unless it has just been drawn.
     pub fn show(&mut self, progress: &Value) -> io::Result<()> {
-        let text = self.line(progress);
+        let columns = columns();
+        let text = self.line(progress, columns);
         let stage = progress["stage"].as_str().unwrap_or_default();
         let now = Instant::now();
         if let Some((last, at)) = &self.last
@@ -57,7 +58,7 @@ impl Bar {
         self.last = Some((stage.to_owned(), now));
         self.drawn = true;
         let mut out = io::stderr().lock();
-        write!(out, "\r\x1b[K{}", cut(&text, columns()))?;
+        write!(out, "\r\x1b[K{}", cut(&text, columns))?;
         out.flush()
     }
 
@@ -69,7 +70,9 @@ impl Bar {
         }
     }
 
-    fn line(&mut self, p: &Value) -> String {
+    /// All that is known; where the terminal is too narrow for that, without the bar and in few words, the
+    /// least important last.
+    fn line(&mut self, p: &Value, columns: usize) -> String {
         if let Some(message) = p["message"].as_str() {
             return message.to_owned();
         }
@@ -77,7 +80,7 @@ impl Bar {
         let left = number(p, "pages_left");
         self.pages = self.pages.max(left);
         let stage = p["stage"].as_str().unwrap_or_default();
-        let mut text = String::new();
+        let (mut text, mut short) = (String::new(), vec![stage.to_owned()]);
         // The destination doesn't know how much is left.
         if let Some(done) = (BAR_WIDTH * (self.pages - left)).checked_div(self.pages) {
             text.push('[');
@@ -88,24 +91,36 @@ impl Bar {
         if stage == "pre-copy" {
             // Writing to a string never fails.
             let _ = write!(text, " round {}", number(p, "round"));
+            short = vec![format!("{stage} {}", number(p, "round"))];
         }
+        let mut last = Vec::new();
         if !matches!(stage, "pre-migration" | "reservation") {
             let bytes = format_measured(number(p, "bytes"));
             let _ = write!(text, " · {bytes} {} · {}/s", self.done, format_measured(rate));
+            last = vec![format!("{}/s", format_measured(rate)), bytes];
             let us = (left * PAGE_BYTES).saturating_mul(1_000_000).checked_div(rate);
             if let (Some(us), true) = (us, self.pages > 0) {
                 let _ = write!(text, " · {} left", seconds(us));
+                short.push(format!("{} left", seconds(us)));
             }
         }
         if number(p, "round") > 0 && number(p, "expected_downtime_us") > 0 {
             let dirty = number(p, "dirty_pages_per_s").saturating_mul(PAGE_BYTES);
-            let downtime = milliseconds(number(p, "expected_downtime_us"));
-            let _ = write!(text, " · downtime {downtime} · dirties {}/s", format_measured(dirty));
+            let us = number(p, "expected_downtime_us");
+            let dirty = format!("dirties {}/s", format_measured(dirty));
+            let _ = write!(text, " · downtime {} · {dirty}", milliseconds(us));
+            let downtime = if us < 1_000_000 { milliseconds(us) } else { seconds(us) };
+            short.extend([format!("downtime {downtime}"), dirty]);
         }
         if number(p, "throttle_percent") > 0 {
             let _ = write!(text, " · throttled {} %", number(p, "throttle_percent"));
+            short.push(format!("throttled {} %", number(p, "throttle_percent")));
         }
-        text
+        if text.chars().count() < columns {
+            return text;
+        }
+        short.extend(last);
+        short.join(", ")
     }
 
     /// Bytes per second over the last moments.
@@ -150,26 +165,45 @@ mod tests {
                     "bytes": us, "dirty_pages_per_s": 256, "expected_downtime_us": 1500 })
         };
         assert_eq!(
-            bar.line(&at(0, 512, 0)),
+            bar.line(&at(0, 512, 0), 200),
             "[....................] pre-copy round 0 · 0 B sent · 0 B/s"
         );
         assert_eq!(
-            bar.line(&at(1 << 20, 256, 0)),
+            bar.line(&at(1 << 20, 256, 0), 200),
             "[##########..........] pre-copy round 0 · 1.0 MiB sent · 976.5 KiB/s · 1.0 s left"
         );
         assert_eq!(
-            bar.line(&at(2 << 20, 0, 1)),
+            bar.line(&at(2 << 20, 0, 1), 200),
             "[####################] pre-copy round 1 · 2.0 MiB sent · 976.5 KiB/s · 0.0 s left \
              · downtime 1.5 ms · dirties 1.0 MiB/s"
         );
     }
 
     #[test]
+    fn eighty_columns_show_what_matters() {
+        let mut bar = Bar::new("sent");
+        let at = |us: u64| {
+            json!({ "stage": "pre-copy", "round": 12, "elapsed_us": us, "pages_left": 9000,
+                    "bytes": 30 * us, "dirty_pages_per_s": 90_000, "expected_downtime_us": 6_718_234 })
+        };
+        bar.line(&at(0), 80);
+        let line = bar.line(&at(1_000_000), 80);
+        assert_eq!(
+            line,
+            "pre-copy 12, 1.2 s left, downtime 6.7 s, dirties 351.5 MiB/s, 28.6 MiB/s, 28.6 MiB"
+        );
+        assert!(cut(&line, 80).contains("28.6 MiB/s"));
+    }
+
+    #[test]
     fn before_any_page_only_the_stage_is_told() {
         let mut bar = Bar::new("received");
         let progress = json!({ "stage": "reservation", "bytes": 1 << 24, "elapsed_us": 5 });
-        assert_eq!(bar.line(&progress), "reservation");
-        assert_eq!(bar.line(&json!({ "stage": "in-doubt", "message": "so and so" })), "so and so");
+        assert_eq!(bar.line(&progress, 80), "reservation");
+        assert_eq!(
+            bar.line(&json!({ "stage": "in-doubt", "message": "so and so" }), 80),
+            "so and so"
+        );
     }
 
     #[test]
