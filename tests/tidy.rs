@@ -240,4 +240,13 @@ fn the_api_documents_every_field_of_a_report() {
         .map(str::to_owned)
         .collect();
     none("fields that src/api/API.md doesn't name", &missing);
+    // Of `vmm inspect --json`: the keys of its literals.
+    let inspect = read("src/cli/inspect.rs");
+    let code = inspect.split("#[cfg(test)]").next().unwrap_or_default();
+    let keys = code.split("\":").filter_map(|before| before.rsplit_once('"').map(|(_, key)| key));
+    let keys: Vec<_> =
+        keys.filter(|key| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')).collect();
+    assert!(keys.len() > 20, "inspect.rs has changed its shape: {keys:?}");
+    let missing = keys.into_iter().filter(|key| !api.contains(&format!("`{key}`")));
+    none("keys that src/api/API.md doesn't name", &missing.map(str::to_owned).collect::<Vec<_>>());
 }

@@ -23,7 +23,7 @@ FILE (a snapshot's 'state', or one direction of a migration, recorded) it shows 
 up to the first one that is wrong.
 
   --check  also read a snapshot's memory and compare its checksums
-  --json   one JSON object: of a DIR the snapshot, of a FILE one for each record
+  --json   one JSON object: of a DIR the snapshot, of a FILE one for each record (fields: src/api/API.md)
 
 example: vmm inspect /var/lib/vmm/web.snap
 ";
