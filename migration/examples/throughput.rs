@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release -p vmm-migration --example throughput [MiB]`
 
+use std::io::{self, Read};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,12 @@ use vmm_migration::target::{self, Opening};
 mod plain_copy;
 
 use plain_copy::plain_copy;
+
+/// MiB per second of a plain copy to fresh memory.
+fn copied(memory: &[u8]) -> io::Result<f64> {
+    let mut into = vec![0; memory.len()];
+    plain_copy(memory, |from, at, len| from.read_exact(&mut into[at..at + len]))
+}
 
 /// A guest that does nothing: memory alone.
 struct Still(Vec<u8>);
@@ -246,10 +253,7 @@ fn main() {
         page.fill(value);
     }
     for _ in 0..3 {
-        println!(
-            "plain copy: {:.0} MiB/s",
-            plain_copy(&memory, &mut vec![0; memory.len()]).expect("TCP")
-        );
+        println!("plain copy: {:.0} MiB/s", copied(&memory).expect("TCP"));
         println!("round 0:    {:.0} MiB/s", migration(&memory));
     }
     memory.fill(0);

@@ -1,14 +1,18 @@
 //! What a move costs, on this machine's own /dev/kvm: real processes, guests of a few instructions.
 //!
 //! One guest of 4 GiB dirties half of it without pause while its first round goes over TCP's loopback; just before,
-//! as much is copied from memory to memory through such a socket, the guest dirtying too. Another of 8 GiB has four
+//! as much is copied from memory to memory through such a socket, the guest dirtying too. That is done to memory in use,
+//! and to memory of the kind that guests have, which nobody used before: its first write is a page fault. Another of 8 GiB has four
 //! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. Both ends'
 //! own memory (what is not the guest's RAM) is looked at all the while.
 
+use std::io;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
+use vm_memory::{Bytes, GuestAddress};
+use vmm::memory::{Backing, Memory};
 
 use crate::guests::Guest;
 use crate::peer::Peer;
@@ -18,9 +22,11 @@ use crate::table::{Goal, Row, Table};
 use crate::{Result, Settings, ring};
 
 const ROWS: &[Row] = &[
-    ("plain", "plain copy of 2 GiB over TCP's loopback", "MiB/s", Goal::None),
+    ("used", "plain copy of 2 GiB over TCP's loopback, to memory in use", "MiB/s", Goal::None),
+    ("fresh", "... to fresh memory, as a guest's is when it arrives", "MiB/s", Goal::None),
     ("round", "first round, 2 GiB of a guest of 4 GiB", "MiB/s", Goal::None),
-    ("share", "... of the plain copy", "", Goal::Least(0.8)),
+    ("share-used", "... of the plain copy to memory in use", "", Goal::Least(0.8)),
+    ("share-fresh", "... of the plain copy to fresh memory", "", Goal::Least(0.8)),
     ("stall", "start of tracking, 8 GiB: longest stall of a vCPU", "ms", Goal::Most(1.0)),
     ("save", "save of all state, 4 vCPUs", "ms", Goal::Most(2.0)),
     ("restore", "restore of all state, 4 vCPUs", "ms", Goal::Most(5.0)),
@@ -38,17 +44,18 @@ pub fn measure(settings: &Settings) -> Result<()> {
         if which == 0 {
             let plain = &mut None;
             let (report, grown) = moved(Guest::dirtier(DIRTY_MIB, 0), 4096, 1, || {
-                let len = usize::try_from(DIRTY_MIB)? << 20;
-                *plain = Some(plain_copy(&vec![0x5a; len], &mut vec![1; len])?);
+                *plain = Some((copy_into(false)?, copy_into(true)?));
                 Ok(())
             })?;
             let round = &report["rounds"][0];
             let (mib, seconds) =
                 (number(&round["bytes"])? / 1048576.0, number(&round["time_us"])? / 1e6);
-            let plain = plain.ok_or("no plain copy")?;
-            table.note(peer, "plain", plain);
+            let (used, fresh) = plain.ok_or("no plain copy")?;
+            table.note(peer, "used", used);
+            table.note(peer, "fresh", fresh);
             table.note(peer, "round", mib / seconds);
-            table.note(peer, "share", mib / seconds / plain);
+            table.note(peer, "share-used", mib / seconds / used);
+            table.note(peer, "share-fresh", mib / seconds / fresh);
             table.note(peer, "source", grown[0]);
             table.note(peer, "target", grown[1]);
         } else {
@@ -62,6 +69,20 @@ pub fn measure(settings: &Settings) -> Result<()> {
     });
     table.print();
     Ok(())
+}
+
+/// MiB per second of a plain copy.
+fn copy_into(fresh: bool) -> Result<f64> {
+    let memory = vec![0x5a; usize::try_from(DIRTY_MIB)? << 20];
+    let range = (GuestAddress(0), DIRTY_MIB << 20);
+    let into = Memory::new(&[range], Backing::Fresh { hugepages: false })?;
+    if !fresh {
+        into.ram().write_slice(&memory, range.0)?;
+    }
+    Ok(plain_copy(&memory, |from, at, len| {
+        let at = GuestAddress(at as u64);
+        into.ram().read_exact_volatile_from(at, from, len).map_err(io::Error::other)
+    })?)
 }
 
 fn number(value: &Value) -> Result<f64> {
