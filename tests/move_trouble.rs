@@ -9,6 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
 use rustix::process::Signal;
 use support::guests::Guest;
 use support::moves::{Client, EASY, check_last_line, until};
@@ -214,6 +217,31 @@ fn nobody_listens() {
     assert_eq!(unknown.status.code(), Some(1));
     let err = String::from_utf8(unknown.stderr).unwrap();
     assert!(err.contains("vm.sock") && err.lines().count() == 1, "{err}");
+}
+
+/// The kernel neither accepts the connection nor refuses it.
+#[test]
+fn cancelled_while_it_connects() {
+    if !has_kvm() {
+        return;
+    }
+    let place = Place::new();
+    let path = place.path("full.sock");
+    let flags = SocketFlags::NONBLOCK;
+    let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+    let (address, listener) = (SocketAddrUnix::new(&path).unwrap(), socket());
+    bind(&listener, &address).unwrap();
+    listen(&listener, 0).unwrap();
+    let mut queued = vec![socket()];
+    while connect(queued.last().unwrap(), &address).is_ok() {
+        queued.push(socket());
+    }
+    let source = dirtier();
+    let client = source.start_move(&format!("unix:{}", path.display()), &[]);
+    until("connects", || source.info()["state"] == "migrating");
+    source.tell(&["migrate", "--cancel"]);
+    client.wait().check_failed(&["cancelled while connecting to unix:", "full.sock"]);
+    check_stayed(source);
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! The source: drives a VM's move to another host, and finds out who has it where that is in doubt.
 
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use vmm_migration::channel::{Channel, Flow};
 use vmm_migration::plan::MigrationId;
 use vmm_migration::policy::{self, Limits};
-use vmm_migration::report::{Forecast, Observer, Report};
+use vmm_migration::report::{Forecast, Observer, Progress, Report};
 use vmm_migration::source::{
     self, Aborted, Commitment, Deadlines, Decision, InDoubt, Options, Place, Source,
 };
@@ -17,6 +19,9 @@ use crate::chain::chain;
 use crate::config::Config;
 use crate::event::{MigrateRequest, OnTimeout};
 use crate::vm::Vm;
+
+/// How often a wait looks up.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// This program, as the other end reads it.
 #[must_use]
@@ -55,9 +60,9 @@ pub enum Pending {
 /// Moves a VM, or only forecasts its move.
 pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) -> Departure {
     let stayed = |vm, why| Departure::Stayed { vm, outcome: Err((why, None)) };
-    let channel = match link::connect(&request.uri) {
+    let channel = match connect(&request.uri, observer) {
         Ok(channel) => channel,
-        Err(e) => return stayed(vm, chain(&e)),
+        Err(why) => return stayed(vm, why),
     };
     let options = match options(request) {
         Ok(options) => options,
@@ -79,6 +84,28 @@ pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) ->
             Departure::Stayed { vm: guest.into_vm(), outcome: Ok((forecast, report)) }
         }
         Err(aborted) => resume(*aborted),
+    }
+}
+
+/// Connects, and looks meanwhile who wants to know or to cancel: a name can take long to be found, and a host to
+/// answer.
+fn connect(uri: &Uri, observer: &mut dyn Observer) -> Result<Channel, String> {
+    let (give, link) = mpsc::channel();
+    let there = uri.clone();
+    let connecting = std::thread::Builder::new().name("connect".to_owned());
+    connecting
+        // Whoever cancelled doesn't wait for it any more.
+        .spawn(move || drop(give.send(link::connect(&there))))
+        .map_err(|e| format!("can't start to connect: {e}"))?;
+    loop {
+        match link.recv_timeout(LOOK) {
+            Ok(linked) => return linked.map_err(|e| chain(&e)),
+            Err(RecvTimeoutError::Disconnected) => unreachable!("it sends before it ends"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if observer.observe(&Progress::default()) == Flow::Cancel {
+            return Err(format!("cancelled while connecting to {uri}"));
+        }
     }
 }
 
