@@ -185,42 +185,50 @@ fn tsc_khz(vcpus: &[&VcpuFd]) -> Result<u32, Failure> {
 fn sample(vm: &VmFd, vcpus: &[&VcpuFd], khz: u32) -> Result<Sample, Failure> {
     let first =
         vcpus.first().ok_or(("KVM_GET_CLOCK without a vCPU", kvm_ioctls::Error::new(libc::EIO)))?;
-    let Reading { clock, realtime_ns, tsc } = closest_reading(vm, first)?;
-    let mut tsc = vec![tsc];
-    for vcpu in vcpus.iter().skip(1) {
-        tsc.push(read_tsc(vcpu)?);
-    }
     let offsets: Option<Vec<u64>> = vcpus
         .iter()
         .map(|vcpu| vcpu_ioctl::tsc_offset(vcpu).map_err(|e| ("KVM_VCPU_TSC_OFFSET", e)))
         .collect::<Result<_, _>>()?;
-    if let (Some(offsets), Some(&first)) = (&offsets, tsc.first()) {
-        let host_tsc = (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(clock.host_tsc);
-        tsc = at_one_moment(first, offsets, host_tsc, khz);
+    let first_offset = offsets.as_ref().and_then(|offsets| offsets.first().copied());
+    let Reading { clock, realtime_ns, tsc } = closest(
+        || {
+            let clock = vm.get_clock().map_err(|e| ("KVM_GET_CLOCK", e))?;
+            let told = clock.flags & KVM_CLOCK_REALTIME != 0;
+            let realtime_ns = if told { clock.realtime } else { realtime_now() };
+            Ok(Reading { clock, realtime_ns, tsc: read_tsc(first)? })
+        },
+        || read_tsc(first),
+        |reading| exact_tsc(reading.tsc, first_offset, reading.host_tsc(), khz).is_some(),
+    )?;
+    let host_tsc = Reading { clock, realtime_ns, tsc }.host_tsc();
+    let mut tscs = vec![tsc];
+    for vcpu in vcpus.iter().skip(1) {
+        tscs.push(read_tsc(vcpu)?);
     }
-    let exact = clock.flags & KVM_CLOCK_HOST_TSC != 0;
-    Ok(Sample { kvmclock_ns: clock.clock, realtime_ns, tsc, exact, offsets })
+    if let Some(offsets) = &offsets {
+        tscs = at_one_moment(tsc, offsets, host_tsc, khz);
+    }
+    let exact = host_tsc.is_some();
+    Ok(Sample { kvmclock_ns: clock.clock, realtime_ns, tsc: tscs, exact, offsets })
 }
 
-/// KVM's clock, and the first vCPU's TSC just after. Where KVM doesn't tell the host's TSC of that moment, the
-/// host may have done something else in between: the reading that took least of a few is taken, or else the
+/// A reading whose TSC is known to the tick. If there is none (KVM doesn't tell the host's TSC, or scales), the host
+/// may have done something else between clock and TSC: the reading that took least of a few is taken, or else the
 /// guest would find its TSC and kvmclock apart after a move.
-fn closest_reading(vm: &VmFd, first: &VcpuFd) -> Result<Reading, Failure> {
-    let read = || -> Result<Reading, Failure> {
-        let clock = vm.get_clock().map_err(|e| ("KVM_GET_CLOCK", e))?;
-        let told = clock.flags & KVM_CLOCK_REALTIME != 0;
-        let realtime_ns = if told { clock.realtime } else { realtime_now() };
-        Ok(Reading { clock, realtime_ns, tsc: read_tsc(first)? })
-    };
+fn closest(
+    mut read: impl FnMut() -> Result<Reading, Failure>,
+    mut read_tsc: impl FnMut() -> Result<u64, Failure>,
+    is_exact: impl Fn(&Reading) -> bool,
+) -> Result<Reading, Failure> {
     let (mut best, mut least_ticks) = (read()?, u64::MAX);
     for _ in 0..READINGS_MAX {
-        if best.clock.flags & KVM_CLOCK_HOST_TSC != 0 {
+        if is_exact(&best) {
             break;
         }
-        let before = read_tsc(first)?;
+        let before = read_tsc()?;
         let reading = read()?;
         let took_ticks = reading.tsc.wrapping_sub(before);
-        if took_ticks < least_ticks {
+        if took_ticks < least_ticks || is_exact(&reading) {
             (best, least_ticks) = (reading, took_ticks);
         }
     }
@@ -234,17 +242,30 @@ struct Reading {
     tsc: u64,
 }
 
+impl Reading {
+    /// The host's TSC at the clock's moment, if KVM told it.
+    fn host_tsc(&self) -> Option<u64> {
+        (self.clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(self.clock.host_tsc)
+    }
+}
+
 fn read_tsc(vcpu: &VcpuFd) -> Result<u64, Failure> {
     let read = msr::get(vcpu, msr::index::TSC).map_err(|e| ("KVM_GET_MSRS", e))?;
     read.ok_or(("KVM_GET_MSRS of the TSC", kvm_ioctls::Error::new(libc::EIO)))
 }
 
-/// The TSCs at the moment of KVM's clock reading: to the tick where KVM tells the host's TSC of that
-/// moment and doesn't scale, else as the first was read just after; the others by their offsets.
+/// The first vCPU's TSC at the moment of KVM's clock reading, to the tick, where KVM told the host's TSC of that
+/// moment and doesn't scale. It is not believed if the guest's TSC, which was read just after, says otherwise.
+fn exact_tsc(first: u64, offset: Option<u64>, host_tsc: Option<u64>, khz: u32) -> Option<u64> {
+    let sum = host_tsc?.wrapping_add(offset?);
+    (first.wrapping_sub(sum) <= SAMPLE_GAP_MS_MAX * u64::from(khz)).then_some(sum)
+}
+
+/// The TSCs at the moment of KVM's clock reading: the first exactly if that can be, else as it was read just after;
+/// the others by their offsets.
 fn at_one_moment(first: u64, offsets: &[u64], host_tsc: Option<u64>, khz: u32) -> Vec<u64> {
-    let read_after = |sum: u64| first.wrapping_sub(sum) <= SAMPLE_GAP_MS_MAX * u64::from(khz);
-    let exact = host_tsc.map(|tsc| tsc.wrapping_add(offsets[0])).filter(|sum| read_after(*sum));
-    let base = exact.unwrap_or(first).wrapping_sub(offsets[0]);
+    let exact = exact_tsc(first, offsets.first().copied(), host_tsc, khz);
+    let base = exact.unwrap_or(first).wrapping_sub(offsets.first().copied().unwrap_or(0));
     offsets.iter().map(|offset| base.wrapping_add(*offset)).collect()
 }
 
@@ -317,5 +338,29 @@ mod tests {
         // Offsets are negative as a rule.
         let offset = 0_u64.wrapping_sub(900);
         assert_eq!(at_one_moment(101, &[offset], Some(1000), khz), [100]);
+    }
+
+    #[test]
+    fn a_reading_that_was_interrupted_is_taken_again() {
+        let reading = |host_tsc: u64, tsc: u64| {
+            let clock =
+                kvm_clock_data { flags: KVM_CLOCK_HOST_TSC, host_tsc, ..Default::default() };
+            Ok(Reading { clock, realtime_ns: 0, tsc })
+        };
+        let take = |mut readings: Vec<(u64, u64)>, before: u64, khz| {
+            readings.reverse();
+            let read = || {
+                let (host_tsc, tsc) = readings.pop().expect("no more is wanted");
+                reading(host_tsc, tsc)
+            };
+            let is_exact = |r: &Reading| exact_tsc(r.tsc, Some(0), r.host_tsc(), khz).is_some();
+            closest(read, || Ok(before), is_exact).unwrap().tsc
+        };
+        // At 1 GHz: the first TSC is read 2.4 ms after the clock, the next 50 ns.
+        assert_eq!(take(vec![(1000, 2_401_000), (3_000_000, 3_000_050)], 0, 1_000_000), 3_000_050);
+        // Scaled, so that none is exact: the one that took least.
+        let scaled = [(0, 9_000_000), (0, 9_005_000), (0, 9_000_040), (0, 9_002_000)];
+        let scaled = scaled.into_iter().cycle().take(13).collect();
+        assert_eq!(take(scaled, 9_000_000, 1_000_000), 9_000_000);
     }
 }
