@@ -129,9 +129,9 @@ enum Word {
 fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {
     match departure {
         Departure::Moved { left, report } => {
+            reply.done(Ok(outgoing::report_json(&report)));
             background::enter();
             drop(left);
-            reply.done(Ok(outgoing::report_json(&report)));
             Moved::Away(format!("the guest moved to {uri}{}", told(&report)))
         }
         Departure::Stayed { vm, outcome: Ok((_, report)) } => {
