@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -106,20 +107,27 @@ impl Relay {
 /// Joins two ends. Where there is no destination, the source sees its connection end.
 fn join(source: &UnixStream, destination: &Path, watch: &Arc<Mutex<Watch>>) {
     let Ok(destination) = UnixStream::connect(destination) else { return };
+    let trapped = Arc::new(AtomicBool::new(false));
     for (from, to) in [(source, &destination), (&destination, source)] {
         let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-        let watch = Arc::clone(watch);
+        let (watch, trapped) = (Arc::clone(watch), Arc::clone(&trapped));
         thread::spawn(move || {
             // Either end may go at any time.
-            let _ = pump(&from, &to, &watch);
+            let _ = pump(&from, &to, &watch, &trapped);
             let _ = from.shutdown(Shutdown::Both);
             let _ = to.shutdown(Shutdown::Both);
         });
     }
 }
 
-/// Passes a preamble and records on, until the end or the trap.
-fn pump(mut from: &UnixStream, mut to: &UnixStream, watch: &Mutex<Watch>) -> io::Result<()> {
+/// Passes a preamble and records on, until the end or the trap. `trapped`: it has sprung, and nothing that answers the
+/// record that was delivered passes any more.
+fn pump(
+    mut from: &UnixStream,
+    mut to: &UnixStream,
+    watch: &Mutex<Watch>,
+    trapped: &AtomicBool,
+) -> io::Result<()> {
     let mut preamble = [0; PREAMBLE_LEN];
     from.read_exact(&mut preamble)?;
     to.write_all(&preamble)?;
@@ -158,9 +166,13 @@ fn pump(mut from: &UnixStream, mut to: &UnixStream, watch: &Mutex<Watch>) -> io:
             }
         };
         let Some(Trap { point, spring, sprung }) = caught else {
+            if trapped.load(Ordering::SeqCst) {
+                return Ok(());
+            }
             to.write_all(&whole)?;
             continue;
         };
+        trapped.store(true, Ordering::SeqCst);
         if point.delivered {
             to.write_all(&whole)?;
         }

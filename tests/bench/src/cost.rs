@@ -79,9 +79,16 @@ fn copy_into(fresh: bool) -> Result<f64> {
     if !fresh {
         into.ram().write_slice(&memory, range.0)?;
     }
-    Ok(plain_copy(&memory, |from, at, len| {
-        let at = GuestAddress(at as u64);
-        into.ram().read_exact_volatile_from(at, from, len).map_err(io::Error::other)
+    Ok(plain_copy(&memory, |from, mut at, len| {
+        let end = at + len;
+        while at < end {
+            let read = into.ram().read_volatile_from(GuestAddress(at as u64), from, end - at);
+            match read.map_err(io::Error::other)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => at += count,
+            }
+        }
+        Ok(())
     })?)
 }
 
