@@ -190,7 +190,7 @@ fn sample(vm: &VmFd, vcpus: &[&VcpuFd], khz: u32) -> Result<Sample, Failure> {
         .map(|vcpu| vcpu_ioctl::tsc_offset(vcpu).map_err(|e| ("KVM_VCPU_TSC_OFFSET", e)))
         .collect::<Result<_, _>>()?;
     let first_offset = offsets.as_ref().and_then(|offsets| offsets.first().copied());
-    let Reading { clock, realtime_ns, tsc } = closest(
+    let reading = closest(
         || {
             let clock = vm.get_clock().map_err(|e| ("KVM_GET_CLOCK", e))?;
             let told = clock.flags & KVM_CLOCK_REALTIME != 0;
@@ -200,7 +200,8 @@ fn sample(vm: &VmFd, vcpus: &[&VcpuFd], khz: u32) -> Result<Sample, Failure> {
         || read_tsc(first),
         |reading| exact_tsc(reading.tsc, first_offset, reading.host_tsc(), khz).is_some(),
     )?;
-    let host_tsc = Reading { clock, realtime_ns, tsc }.host_tsc();
+    let host_tsc = reading.host_tsc();
+    let Reading { clock, realtime_ns, tsc } = reading;
     let mut tscs = vec![tsc];
     for vcpu in vcpus.iter().skip(1) {
         tscs.push(read_tsc(vcpu)?);
