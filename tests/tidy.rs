@@ -198,6 +198,28 @@ fn the_readme_lists_every_invariant() {
     );
 }
 
+/// A destination that doesn't say so gets version 1, and what only a later one holds is lost without a word.
+#[test]
+fn every_later_version_of_a_section_is_told_to_sources() {
+    let told = read("src/migrate/incoming.rs");
+    let (mut found, mut later) = (Vec::new(), 0);
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test(path)) {
+        for part in text.split("impl Stateful for ").skip(1) {
+            let name = part.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+            let version = part.split_once("const VERSION: u16 = ").expect("it has one").1;
+            if version.starts_with("1;") {
+                continue;
+            }
+            later += 1;
+            if !told.contains(&format!("({name}::KIND.to_owned(), {name}::VERSION)")) {
+                found.push(format!("{path}: {name}"));
+            }
+        }
+    }
+    none("sections not in reads()", &found);
+    assert!(later > 0, "none was looked at");
+}
+
 #[test]
 fn documents_name_what_exists() {
     let readme = read("README.md");

@@ -77,16 +77,12 @@ impl Here {
         };
         for text in &self.disks {
             let (id, path) = pair("disk", text, "path=PATH")?;
-            if overrides.disks.iter().any(|(other, _)| *other == id) {
-                return Err(usage(format!("--disk id={id} is given twice")));
-            }
+            once("--disk", &id, &overrides.disks)?;
             overrides.disks.push((id, absolute("--disk", &path)?));
         }
         for text in &self.nets {
             let (id, tap) = pair("net", text, "tap=NAME")?;
-            if overrides.nets.iter().any(|(other, _)| *other == id) {
-                return Err(usage(format!("--net id={id} is given twice")));
-            }
+            once("--net", &id, &overrides.nets)?;
             overrides.nets.push((id, tap));
         }
         Ok(overrides)
@@ -101,4 +97,12 @@ fn pair(option: &'static str, text: &str, key: &'static str) -> Result<(String, 
     let id = keys.value("id", String::from_str)?.ok_or_else(|| need("id"))?;
     let value = keys.value(name, String::from_str)?.ok_or_else(|| need(name))?;
     Ok((id, value))
+}
+
+/// Refuses a device that was given before.
+fn once<T>(option: &str, id: &str, given: &[(String, T)]) -> Result<(), Stop> {
+    match given.iter().any(|(other, _)| other == id) {
+        true => Err(usage(format!("{option} id={id} is given twice"))),
+        false => Ok(()),
+    }
 }

@@ -181,13 +181,7 @@ fn fill(
         write(memory, offset, &buffer[..len]).map_err(FillError::Memory)?;
         Ok(true)
     };
-    let load = || {
-        let mut buffer = vec![0; BLOCK_LEN];
-        while load_one(&mut buffer)? {}
-        Ok(())
-    };
-    // This thread alone can ask.
-    let load_and_ask = || {
+    let load = |cancelled: &dyn Fn() -> bool| {
         let mut buffer = vec![0; BLOCK_LEN];
         while !cancelled() {
             if !load_one(&mut buffer)? {
@@ -201,8 +195,9 @@ fn fill(
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let helpers = cpus.min(LOADERS_MAX).min(blocks.len()).saturating_sub(1);
     std::thread::scope(|scope| {
-        let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(load)).collect();
-        let own = load_and_ask();
+        let helpers: Vec<_> = (0..helpers).map(|_| scope.spawn(|| load(&|| false))).collect();
+        // This thread alone can ask.
+        let own = load(cancelled);
         helpers.into_iter().map(|h| h.join().expect("loaders don't panic")).fold(own, Result::and)
     })
 }
