@@ -1,5 +1,5 @@
-//! Moves between releases of `vmm`: a source writes each section in a version that its destination reads. And what
-//! version 2 of the serial port's section is for: what was typed and not yet read moves with the guest.
+//! Moves between releases of `vmm`: a source writes each section, and pages, in a version that its destination reads.
+//! And what version 2 of the serial port's section is for: what was typed and not yet read moves with the guest.
 
 mod support;
 
@@ -10,8 +10,9 @@ use support::relay::Relay;
 use support::vm::{Place, Vm, has_kvm};
 use vmm_migration::wire::record;
 
-/// A guest goes over a relay; gives the versions in which its serial port went: as an example, and at last.
-fn moved_over(hidden: u32) -> Vec<u16> {
+/// A guest goes over a relay; gives the versions in which its serial port went (as an example, and at last), and the
+/// types of the records in which its pages did.
+fn moved_over(hidden: u32) -> (Vec<u16>, Vec<u32>) {
     let mut source = Vm::start(Guest::counter(), &[]);
     let mut count = Count::default();
     count.check(&source.read_some(1000));
@@ -20,13 +21,14 @@ fn moved_over(hidden: u32) -> Vec<u16> {
     count.check(&source.move_to(&relay.uri(), &EASY));
     count.check(&destination.read_some(20_000));
     assert_eq!(relay.versions("power"), [1, 1]);
-    relay.versions("serial")
+    let pages = [record::PAGES, record::PAGES2].into_iter().filter(|kind| relay.has_passed(*kind));
+    (relay.versions("serial"), pages.collect())
 }
 
 #[test]
 fn to_this_release() {
     if has_kvm() {
-        assert_eq!(moved_over(u32::MAX), [2, 2]);
+        assert_eq!(moved_over(u32::MAX), (vec![2, 2], vec![record::PAGES2]));
     }
 }
 
@@ -35,7 +37,7 @@ fn to_this_release() {
 #[test]
 fn to_and_from_the_release_before() {
     if has_kvm() {
-        assert_eq!(moved_over(record::READS), [1, 1]);
+        assert_eq!(moved_over(record::READS), (vec![1, 1], vec![record::PAGES]));
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use crate::message::Message;
-use crate::wire::{self, Digest, RecordHead, StreamKind, WireError, record};
+use crate::wire::{self, Checksum, Digest, RecordHead, StreamKind, WireError};
 
 mod receive;
 
@@ -257,8 +257,8 @@ impl Channel {
 
     /// Queues a message; [`Channel::flush`] or the next pages send it.
     pub(crate) fn put(&mut self, message: &Message) {
-        let crc = wire::put_record(&mut self.outgoing, message.kind(), &message.body());
-        self.sent_digest.add(crc);
+        let sum = wire::put_record(&mut self.outgoing, message.kind(), &message.body());
+        self.sent_digest.add(sum);
     }
 
     /// Sends a message and everything queued before it.
@@ -276,21 +276,21 @@ impl Channel {
         result
     }
 
-    /// Sends everything queued and a `Pages` record from parts, without joining them first.
+    /// Sends everything queued and a record of pages, of this type, from parts, without joining them first.
     pub(crate) fn send_pages(
         &mut self,
+        kind: u32,
         parts: [&[u8]; 2],
         wait: &mut Wait,
     ) -> Result<(), ChannelError> {
-        let head = RecordHead::new(record::PAGES, parts[0].len() + parts[1].len()).encode();
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(&head);
-        parts.iter().for_each(|part| crc.update(part));
-        let crc = crc.finalize();
-        self.sent_digest.add(crc);
+        let head = RecordHead::new(kind, parts[0].len() + parts[1].len());
+        let mut sum = Checksum::new(head);
+        parts.iter().for_each(|part| sum.update(part));
+        let sum = sum.value();
+        self.sent_digest.add(sum);
         let queued = std::mem::take(&mut self.outgoing);
-        let crc = crc.to_le_bytes();
-        let slices = [&queued, &head[..], parts[0], parts[1], &crc];
+        let (head, sum) = (head.encode(), sum.to_le_bytes());
+        let slices = [&queued, &head[..], parts[0], parts[1], &sum];
         let result = self.write_all(&mut slices.map(IoSlice::new), wait);
         self.outgoing = queued;
         self.outgoing.clear();

@@ -1,4 +1,4 @@
-//! The body of a `Pages` record: a table of runs and, behind it, the data of those that have any.
+//! The body of a `Pages` or `Pages2` record: a table of runs and, behind it, the data of those that have any.
 //!
 //! `{space u16, 0 u16, runs u32}`, then for each run `{first u64, count u32, encoding u8, 0 u8 x 3,
 //! len u32}`, then `len` bytes of data for each run in the table's order; little-endian. One record

@@ -42,19 +42,19 @@ pub fn inspect(input: &mut impl Read, mut each: impl FnMut(Item)) -> Result<Stre
         if input.read(&mut first)? == 0 {
             return Ok(stream);
         }
-        let (head, crc) = wire::read_record(&mut first.as_slice().chain(&mut *input), &mut body)?;
+        let (head, sum) = wire::read_record(&mut first.as_slice().chain(&mut *input), &mut body)?;
         let text = describe(head, &body, &digest)?;
         let name = wire::record_name(head.kind);
         let RecordHead { kind, optional, len } = head;
         each(Item { offset, kind, name, optional, len, text });
-        digest.add(crc);
-        offset += (wire::HEAD_LEN + body.len() + wire::CRC_LEN) as u64;
+        digest.add(sum);
+        offset += (wire::HEAD_LEN + body.len() + wire::SUM_LEN) as u64;
     }
 }
 
 fn describe(head: RecordHead, body: &[u8], before: &Digest) -> Result<String, WireError> {
     match head.kind {
-        record::PAGES => describe_pages(body),
+        record::PAGES | record::PAGES2 => describe_pages(head.kind, body),
         record::SNAPSHOT => {
             let header: Header = unpack(head.kind, body)?;
             let Header { id, software, created_unix_ms, plan } = header;
@@ -110,8 +110,8 @@ fn describe_plan(plan: &Plan) -> String {
     lines.join("\n")
 }
 
-fn describe_pages(body: &[u8]) -> Result<String, WireError> {
-    let bad = |what| WireError::Malformed { kind: record::PAGES, what };
+fn describe_pages(kind: u32, body: &[u8]) -> Result<String, WireError> {
+    let bad = |what| WireError::Malformed { kind, what };
     let (head, table) = body.split_first_chunk::<CHUNK_HEAD_LEN>().ok_or(bad("no head"))?;
     let (space, runs) = chunk::decode_head(*head)?;
     let (entries, _) = table.as_chunks::<ENTRY_LEN>();

@@ -1,7 +1,7 @@
 //! The messages: what each record between source and destination says.
 //!
-//! Bodies are postcard encodings of the structs here, but for `Section` (see [`crate::wire`]), `Pages`
-//! (see [`crate::chunk`]) and `Ping`, which are laid out by hand. The structs are frozen as of protocol
+//! Bodies are postcard encodings of the structs here, but for `Section` (see [`crate::wire`]), `Pages` and
+//! `Pages2` (see [`crate::chunk`]) and `Ping`, which are laid out by hand. The structs are frozen as of protocol
 //! 1. `PROTOCOL.md`, "Messages", says who sends what when.
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -20,6 +20,8 @@ pub const REASONS_MAX: usize = 64;
 pub const REASON_LEN_MAX: usize = 512;
 /// Most padding of a `Ping`, in bytes.
 pub const PING_PADDING_MAX: usize = 1 << 20;
+/// The kind under which [`Reads`] lists the records of pages: version 1 is `Pages`, version 2 `Pages2`.
+pub const PAGES_KIND: &str = "Pages";
 
 /// Opens a migration. Source to destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +50,29 @@ pub struct HelloReply {
 /// What the destination reads, sent before `HelloReply`. Optional: without it, version 1 of everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reads {
-    /// The newest version of each kind of section of which that isn't 1.
+    /// The newest version of each kind of section of which that isn't 1; and of [`PAGES_KIND`].
     pub newest: Vec<(String, u16)>,
+}
+
+impl Reads {
+    /// What this release reads: these sections, and `Pages2`.
+    #[must_use]
+    pub fn new(mut sections: Vec<(String, u16)>) -> Self {
+        sections.push((PAGES_KIND.to_owned(), 2));
+        Self { newest: sections }
+    }
+
+    /// The newest version that the destination reads of a kind.
+    #[must_use]
+    pub fn version(&self, kind: &str) -> u16 {
+        self.newest.iter().find(|(of, _)| of == kind).map_or(1, |(_, version)| *version)
+    }
+
+    /// The type of record in which pages go there.
+    #[must_use]
+    pub fn pages_record(&self) -> u32 {
+        if self.version(PAGES_KIND) < 2 { record::PAGES } else { record::PAGES2 }
+    }
 }
 
 /// Asks for a place. The example's sections follow, each as a `Section`.
@@ -177,7 +200,7 @@ pub struct Resolve {
     pub id: MigrationId,
 }
 
-/// Every message but `Pages`, whose body is never held in one piece.
+/// Every message but `Pages` and `Pages2`, whose bodies are never held in one piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "each variant's content is documented")]
 pub enum Message {

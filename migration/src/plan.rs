@@ -203,8 +203,7 @@ impl Plan {
     /// Lists each section in a version that the destination reads: the newest that both know.
     pub fn lower_to(&mut self, reads: &Reads) {
         for id in &mut self.sections {
-            let newest = reads.newest.iter().find(|(kind, _)| *kind == id.kind);
-            id.version = id.version.min(newest.map_or(1, |(_, version)| *version));
+            id.version = id.version.min(reads.version(&id.kind));
         }
     }
 

@@ -29,7 +29,7 @@ pub use receiver::Copied;
 pub struct Options {
     /// This program and its version.
     pub software: String,
-    /// The newest version that this program reads of each kind of section of which that isn't 1.
+    /// What this program reads. The default says so of pages alone: sections are the machine's.
     pub reads: Reads,
     /// How long a connection may take to say what it wants: a source does so at once.
     pub hello: Duration,
@@ -47,7 +47,7 @@ impl Options {
         let hello = Duration::from_secs(10);
         Self {
             software: software.into(),
-            reads: Reads::default(),
+            reads: Reads::new(Vec::new()),
             hello,
             still: limit,
             commit: limit,

@@ -1,13 +1,17 @@
 //! The framing of everything that is sent or stored: a preamble, then records.
 //!
-//! A record is `{type u32, len u32, body, crc32}`, little-endian. Bit 31 of the type says that a
-//! reader which doesn't know the type may skip it. The checksum (CRC-32/ISO-HDLC) covers type, length
-//! and body. Each type has a hard limit on its length, checked before anything is allocated.
+//! A record is `{type u32, len u32, body, sum u32}`, little-endian. Bit 31 of the type says that a
+//! reader which doesn't know the type may skip it. The [`Checksum`] covers type, length and body. Each
+//! type has a hard limit on its length, checked before anything is allocated.
 //! `PROTOCOL.md`, "Framing", is the specification; this file and that chapter change together.
 
 use std::io::{self, Read};
 
 use crate::state::{SECTION_LEN_MAX, Section};
+
+mod checksum;
+
+pub use checksum::{Checksum, Digest};
 
 /// The first eight bytes. The line ending finds a transport that mangles text.
 pub const MAGIC: [u8; 8] = *b"VMMOVE\r\n";
@@ -18,7 +22,7 @@ pub const PREAMBLE_LEN: usize = 16;
 /// Length of an encoded [`RecordHead`], in bytes.
 pub const HEAD_LEN: usize = 8;
 /// Length of the checksum behind a body, in bytes.
-pub const CRC_LEN: usize = 4;
+pub const SUM_LEN: usize = 4;
 /// Longest body of any record, in bytes. A reader skips an unknown optional record up to this.
 pub const RECORD_LEN_MAX: u32 = 2 << 20;
 /// Longest kind of a section, in bytes of printable ASCII.
@@ -64,6 +68,7 @@ pub mod record {
     pub const SNAPSHOT: u32 = 23;
     pub const MEMORY_SUMS: u32 = 24;
     pub const READS: u32 = 25;
+    pub const PAGES2: u32 = 26;
 }
 
 /// The name of a record type, for `inspect` and for errors.
@@ -95,6 +100,7 @@ pub fn record_name(kind: u32) -> &'static str {
         record::SNAPSHOT => "Snapshot",
         record::MEMORY_SUMS => "MemorySums",
         record::READS => "Reads",
+        record::PAGES2 => "Pages2",
         _ => "unknown",
     }
 }
@@ -106,7 +112,7 @@ pub fn len_max(kind: u32) -> u32 {
     match kind {
         record::SECTION => 1024 * KIB + 64,
         record::RESERVE | record::SNAPSHOT => 1024 * KIB,
-        record::PAGES | record::PING => 1088 * KIB,
+        record::PAGES | record::PAGES2 | record::PING => 1088 * KIB,
         record::MEMORY_SUMS => 256 * KIB + 64,
         record::HELLO..=record::READS => 64 * KIB,
         _ => RECORD_LEN_MAX,
@@ -285,16 +291,15 @@ impl RecordHead {
 /// # Panics
 /// If the body is over the type's limit.
 pub fn put_record(out: &mut Vec<u8>, kind: u32, body: &[u8]) -> u32 {
-    let head = RecordHead::new(kind, body.len()).encode();
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&head);
-    crc.update(body);
-    let crc = crc.finalize();
-    out.reserve(HEAD_LEN + body.len() + CRC_LEN);
-    out.extend_from_slice(&head);
+    let head = RecordHead::new(kind, body.len());
+    let mut sum = Checksum::new(head);
+    sum.update(body);
+    let sum = sum.value();
+    out.reserve(HEAD_LEN + body.len() + SUM_LEN);
+    out.extend_from_slice(&head.encode());
     out.extend_from_slice(body);
-    out.extend_from_slice(&crc.to_le_bytes());
-    crc
+    out.extend_from_slice(&sum.to_le_bytes());
+    sum
 }
 
 /// Reads one record; its body is left in `body`. Gives the head and the checksum.
@@ -307,41 +312,18 @@ pub fn read_record(
 ) -> Result<(RecordHead, u32), WireError> {
     let mut head = [0; HEAD_LEN];
     input.read_exact(&mut head)?;
-    let record = RecordHead::decode(head)?;
-    body.resize(record.body_len(), 0);
+    let head = RecordHead::decode(head)?;
+    body.resize(head.body_len(), 0);
     input.read_exact(body)?;
-    let mut found = [0; CRC_LEN];
+    let mut found = [0; SUM_LEN];
     input.read_exact(&mut found)?;
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&head);
-    crc.update(body);
-    let crc = crc.finalize();
-    if crc != u32::from_le_bytes(found) {
-        return Err(WireError::Checksum { kind: record.kind });
+    let mut sum = Checksum::new(head);
+    sum.update(body);
+    let sum = sum.value();
+    if sum != u32::from_le_bytes(found) {
+        return Err(WireError::Checksum { kind: head.kind });
     }
-    Ok((record, crc))
-}
-
-/// The running digest of one direction of a stream: CRC-32 over the records' checksums in order, four
-/// little-endian bytes each. It finds a record lost, doubled or moved, which no record's own can.
-#[derive(Clone, Debug, Default)]
-pub struct Digest {
-    crc: crc32fast::Hasher,
-    records: u64,
-}
-
-impl Digest {
-    /// Counts one record in, by its checksum.
-    pub fn add(&mut self, crc: u32) {
-        self.crc.update(&crc.to_le_bytes());
-        self.records += 1;
-    }
-
-    /// The number of records so far, and the digest over them.
-    #[must_use]
-    pub fn value(&self) -> (u64, u32) {
-        (self.records, self.crc.clone().finalize())
-    }
+    Ok((head, sum))
 }
 
 /// The body of a `Section` record: kind's length u8, kind, instance u32, version u16, the state.

@@ -1,6 +1,9 @@
 //! Golden bytes and hostile input for the framing.
 
+use std::hash::Hasher;
+
 use proptest::prelude::*;
+use twox_hash::XxHash64;
 
 use super::*;
 
@@ -46,6 +49,46 @@ fn record_is_frozen() {
     assert_eq!(out[24..], (!crc).to_le_bytes());
 }
 
+/// Public values of XXH64 with seed 0, so that the choice of crate is not the specification; `xxhsum -H64` prints the
+/// same. In one piece and in pieces.
+#[test]
+fn xxh64_is_what_the_world_takes_it_for() {
+    let spammish: &[u8] = b"Nobody inspects the spammish repetition";
+    for (text, hash) in [
+        (&b""[..], 0xef46_db37_51d8_e999),
+        (b"a", 0xd24e_c4f1_a98c_6e5b),
+        (b"abc", 0x44bc_2cf5_ad77_0999),
+        (spammish, 0xfbce_a83c_8a37_8bf1_u64),
+    ] {
+        for piece in 1..=text.len().max(1) {
+            let mut hasher = XxHash64::with_seed(0);
+            text.chunks(piece).for_each(|bytes| hasher.write(bytes));
+            assert_eq!(hasher.finish(), hash, "{piece} bytes at a time");
+        }
+    }
+}
+
+#[test]
+fn pages2_is_frozen() {
+    let mut out = Vec::new();
+    let sum = put_record(&mut out, record::PAGES2, b"abcd");
+    assert_eq!(out, *b"\x1a\0\0\0\x04\0\0\0abcd\x43\xc9\x17\x05");
+    assert_eq!(sum, u32::from_le_bytes(*out.last_chunk().unwrap()));
+}
+
+#[test]
+fn a_checksum_may_be_taken_in_pieces() {
+    let body: Vec<u8> = (0..200).collect();
+    for kind in [record::PAGES, record::PAGES2] {
+        let sum = put_record(&mut Vec::new(), kind, &body);
+        for piece in 1..body.len() {
+            let mut pieces = Checksum::new(RecordHead::new(kind, body.len()));
+            body.chunks(piece).for_each(|bytes| pieces.update(bytes));
+            assert_eq!(pieces.value(), sum, "{} in pieces of {piece}", record_name(kind));
+        }
+    }
+}
+
 #[test]
 fn record_reads_back() {
     let mut out = Vec::new();
@@ -58,14 +101,16 @@ fn record_reads_back() {
 
 #[test]
 fn every_wrong_bit_of_a_record_is_found() {
-    let mut good = Vec::new();
-    put_record(&mut good, record::SECTION, &encode_section(&section()));
-    for at in 0..good.len() {
-        for bit in 0..8 {
-            let mut bytes = good.clone();
-            bytes[at] ^= 1 << bit;
-            let result = read_record(&mut bytes.as_slice(), &mut Vec::new());
-            assert!(result.is_err(), "byte {at} bit {bit}");
+    for kind in [record::SECTION, record::PAGES, record::PAGES2] {
+        let mut good = Vec::new();
+        put_record(&mut good, kind, &encode_section(&section()).repeat(5));
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1 << bit;
+                let result = read_record(&mut bytes.as_slice(), &mut Vec::new());
+                assert!(result.is_err(), "{} byte {at} bit {bit}", record_name(kind));
+            }
         }
     }
 }

@@ -1,12 +1,15 @@
 //! The bytes of every message, frozen: `golden/messages.txt` holds them, one record a line. A line is
-//! never edited once released; a new layout is a new line under a new protocol.
+//! never edited once released; a new layout is a new line under a new protocol. `golden/pages.txt`: the records of pages.
 
+use vmm_migration::chunk::{Builder, DATA_PAGES_MAX};
 use vmm_migration::message::*;
+use vmm_migration::pages::Run;
 use vmm_migration::plan::*;
 use vmm_migration::state::Section;
 use vmm_migration::wire::{self, WireError, record};
 
 const GOLDEN: &str = include_str!("golden/messages.txt");
+const GOLDEN_PAGES: &str = include_str!("golden/pages.txt");
 
 fn plan() -> Plan {
     Plan {
@@ -126,6 +129,30 @@ fn golden_bytes_are_read_as_what_they_were() {
 }
 
 #[test]
+fn pages_have_their_golden_bytes() {
+    let mut builder = Builder::new(SPACE_RAM, DATA_PAGES_MAX);
+    let runs = [(0, 0x9f), (0x100, 1), (0x10_0000, 0x4_0000)];
+    for run in runs.map(|(first, count)| Run::new(first, count).unwrap()) {
+        for piece in run.pieces(DATA_PAGES_MAX as u64) {
+            builder.add(piece, |_| Ok::<(), ()>(())).unwrap();
+        }
+    }
+    let body = builder.parts().concat();
+    let mut text = String::new();
+    for kind in [record::PAGES, record::PAGES2] {
+        let mut bytes = Vec::new();
+        let sum = wire::put_record(&mut bytes, kind, &body);
+        text += &format!("{} {}\n", wire::record_name(kind), hex(&bytes));
+        let mut read = Vec::new();
+        let (head, read_sum) = wire::read_record(&mut bytes.as_slice(), &mut read).unwrap();
+        assert_eq!((head.kind, head.optional, read_sum, &read), (kind, false, sum, &body));
+    }
+    let golden: String =
+        GOLDEN_PAGES.lines().filter(|l| !l.starts_with('#')).map(|l| format!("{l}\n")).collect();
+    assert_eq!(text, golden, "what is written now:\n{text}");
+}
+
+#[test]
 fn a_cut_or_longer_body_is_no_message() {
     for message in messages() {
         let body = message.body();
@@ -181,6 +208,21 @@ fn plans_are_lowered_to_what_the_destination_reads() {
     assert_eq!(lowered(&[]), [1, 1]);
     assert_eq!(lowered(&[("virtio-blk", 2)]), [1, 2]);
     assert_eq!(lowered(&[("virtio-blk", 9), ("vcpu", 9), ("serial", 2)]), [1, 3]);
+    assert_eq!(lowered(&[(PAGES_KIND, 2)]), [1, 1], "of no concern to sections");
+}
+
+#[test]
+fn pages_go_as_the_destination_reads_them() {
+    let goes = |newest: &[(&str, u16)]| {
+        let newest = newest.iter().map(|(kind, version)| ((*kind).to_owned(), *version)).collect();
+        Reads { newest }.pages_record()
+    };
+    assert_eq!(goes(&[]), record::PAGES, "it says nothing");
+    assert_eq!(goes(&[("serial", 2)]), record::PAGES, "nothing of pages");
+    assert_eq!(goes(&[("Pages", 1)]), record::PAGES);
+    assert_eq!(goes(&[("serial", 2), ("Pages", 2)]), record::PAGES2);
+    assert_eq!(goes(&[("Pages", 7)]), record::PAGES2, "the newest that we write");
+    assert_eq!(Reads::new(Vec::new()).pages_record(), record::PAGES2, "a destination like us");
 }
 
 #[test]
@@ -212,5 +254,7 @@ fn plans_that_cannot_be_are_refused() {
 fn an_unknown_type_is_an_error() {
     let unknown = Message::parse(0x1234, &[]).unwrap_err();
     assert!(matches!(unknown, WireError::UnknownRecord { kind: 0x1234 }));
-    assert!(Message::parse(record::PAGES, &[]).is_err(), "pages are no message");
+    for kind in [record::PAGES, record::PAGES2] {
+        assert!(Message::parse(kind, &[]).is_err(), "pages are no message");
+    }
 }

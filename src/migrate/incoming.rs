@@ -194,7 +194,7 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
 
 /// The newest version of each section that has changed since the first.
 fn reads() -> Reads {
-    Reads { newest: vec![(Serial::KIND.to_owned(), Serial::VERSION)] }
+    Reads::new(vec![(Serial::KIND.to_owned(), Serial::VERSION)])
 }
 
 /// Hears what a connection wants, and lets it in unless another has come first.

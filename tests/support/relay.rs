@@ -1,6 +1,7 @@
 //! A relay between a source and a destination that reads the stream's records as they pass, and springs a
 //! trap at one of them: it kills an end, or cuts the connection.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,7 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use vmm_migration::wire::{self, CRC_LEN, HEAD_LEN, PREAMBLE_LEN, RecordHead, record};
+use vmm_migration::wire::{self, HEAD_LEN, PREAMBLE_LEN, RecordHead, SUM_LEN, record};
 
 use super::vm::{LONG, Place};
 
@@ -40,6 +41,8 @@ struct Watch {
     trap: Option<Trap>,
     /// Records of this type are not passed on.
     hidden: Option<u32>,
+    /// Types of the records that have passed.
+    kinds: BTreeSet<u32>,
     /// Kind and version of each section that has passed.
     sections: Vec<(String, u16)>,
 }
@@ -73,7 +76,12 @@ impl Relay {
     ) -> Self {
         let place = Place::new();
         let listener = UnixListener::bind(place.path("relay.sock")).unwrap();
-        let watch = Arc::new(Mutex::new(Watch { trap, hidden, sections: Vec::new() }));
+        let watch = Arc::new(Mutex::new(Watch {
+            trap,
+            hidden,
+            kinds: BTreeSet::new(),
+            sections: Vec::new(),
+        }));
         let (destination, watched) = (destination.to_owned(), Arc::clone(&watch));
         thread::spawn(move || {
             for source in listener.incoming() {
@@ -87,6 +95,11 @@ impl Relay {
     pub fn versions(&self, kind: &str) -> Vec<u16> {
         let watch = self.watch.lock().unwrap();
         watch.sections.iter().filter(|(k, _)| k == kind).map(|(_, version)| *version).collect()
+    }
+
+    /// Whether a record of this type has passed.
+    pub fn has_passed(&self, kind: u32) -> bool {
+        self.watch.lock().unwrap().kinds.contains(&kind)
     }
 
     /// Where the source connects to.
@@ -135,7 +148,7 @@ fn pump(
         let mut head = [0; HEAD_LEN];
         from.read_exact(&mut head)?;
         let record = RecordHead::decode(head).expect("an end of ours sends what it may");
-        let mut rest = vec![0; record.body_len() + CRC_LEN];
+        let mut rest = vec![0; record.body_len() + SUM_LEN];
         from.read_exact(&mut rest)?;
         let mut whole = head.to_vec();
         whole.extend(rest);
@@ -145,6 +158,7 @@ fn pump(
             if watch.hidden == Some(kind) {
                 continue;
             }
+            watch.kinds.insert(kind);
             if kind == record::SECTION {
                 let body = &whole[HEAD_LEN..][..record.body_len()];
                 let section = wire::decode_section(body).expect("a section");

@@ -3,21 +3,23 @@
 use super::{Channel, ChannelError, Wait};
 use crate::chunk::{self, CHUNK_HEAD_LEN, ENTRY_LEN, Entry};
 use crate::message::Message;
-use crate::wire::{self, CRC_LEN, HEAD_LEN, RecordHead, StreamKind, WireError, record};
+use crate::wire::{self, Checksum, HEAD_LEN, RecordHead, SUM_LEN, StreamKind, WireError, record};
 
 const READ_BUFFER: usize = 64 << 10;
 
-/// What arrived: a message, or the head of a `Pages` record whose data is to be fetched.
+/// What arrived: a message, or the head of a record of pages whose data is to be fetched.
 pub(crate) enum Incoming {
     Message(Message),
     Pages(Pages),
 }
 
-/// A `Pages` record being received.
+/// A `Pages` or `Pages2` record being received.
 pub(crate) struct Pages {
+    /// The record's type.
+    pub(crate) kind: u32,
     pub(crate) space: u16,
     pub(crate) entries: Vec<Entry>,
-    crc: crc32fast::Hasher,
+    sum: Checksum,
 }
 
 impl Channel {
@@ -36,28 +38,28 @@ impl Channel {
     ) -> Result<Message, ChannelError> {
         match self.recv_any(wait)? {
             Incoming::Message(message) => Ok(message),
-            Incoming::Pages(_) => {
-                Err(ChannelError::Unexpected { peer: self.peer, found: "Pages", expected })
+            Incoming::Pages(pages) => {
+                let found = wire::record_name(pages.kind);
+                Err(ChannelError::Unexpected { peer: self.peer, found, expected })
             }
         }
     }
 
-    /// As [`Channel::recv`]; a `Pages` record is given with its table read, its data to be fetched.
+    /// As [`Channel::recv`]; a record of pages is given with its table read, its data to be fetched.
     pub(crate) fn recv_any(&mut self, wait: &mut Wait) -> Result<Incoming, ChannelError> {
         loop {
             let mut bytes = [0; HEAD_LEN];
             self.read_exact(&mut bytes, wait)?;
             let head = RecordHead::decode(bytes)?;
-            let mut crc = crc32fast::Hasher::new();
-            crc.update(&bytes);
-            if head.kind == record::PAGES {
-                return self.recv_table(head, crc, wait).map(Incoming::Pages);
+            if [record::PAGES, record::PAGES2].contains(&head.kind) {
+                return self.recv_table(head, wait).map(Incoming::Pages);
             }
             let mut body = std::mem::take(&mut self.body);
             body.resize(head.body_len(), 0);
             let result = self.read_exact(&mut body, wait).and_then(|()| {
-                crc.update(&body);
-                self.finish(head.kind, crc, wait)?;
+                let mut sum = Checksum::new(head);
+                sum.update(&body);
+                self.finish(head.kind, sum, wait)?;
                 Ok(Message::parse(head.kind, &body))
             });
             body.clear();
@@ -73,25 +75,21 @@ impl Channel {
         }
     }
 
-    fn recv_table(
-        &mut self,
-        head: RecordHead,
-        mut crc: crc32fast::Hasher,
-        wait: &mut Wait,
-    ) -> Result<Pages, ChannelError> {
-        let bad = |what| WireError::Malformed { kind: record::PAGES, what };
+    fn recv_table(&mut self, head: RecordHead, wait: &mut Wait) -> Result<Pages, ChannelError> {
+        let bad = |what| WireError::Malformed { kind: head.kind, what };
+        let mut sum = Checksum::new(head);
         let mut left = head.body_len();
         let mut bytes = [0; CHUNK_HEAD_LEN];
         left = left.checked_sub(CHUNK_HEAD_LEN).ok_or(bad("no head"))?;
         self.read_exact(&mut bytes, wait)?;
-        crc.update(&bytes);
+        sum.update(&bytes);
         let (space, runs) = chunk::decode_head(bytes)?;
         left = left.checked_sub(runs * ENTRY_LEN).ok_or(bad("table cut short"))?;
         let mut entries = Vec::with_capacity(runs);
         for _ in 0..runs {
             let mut bytes = [0; ENTRY_LEN];
             self.read_exact(&mut bytes, wait)?;
-            crc.update(&bytes);
+            sum.update(&bytes);
             let entry = chunk::decode_entry(bytes)?;
             left = left.checked_sub(entry.len).ok_or(bad("more data than the record has"))?;
             entries.push(entry);
@@ -99,7 +97,7 @@ impl Channel {
         if left != 0 {
             return Err(bad("data of no run").into());
         }
-        Ok(Pages { space, entries, crc })
+        Ok(Pages { kind: head.kind, space, entries, sum })
     }
 
     /// Fetches a run's data into place.
@@ -113,34 +111,29 @@ impl Channel {
         while !into.is_empty() {
             let count = self.read_some(into, wait)?;
             let (done, rest) = into.split_at_mut(count);
-            pages.crc.update(done);
+            pages.sum.update(done);
             into = rest;
         }
         Ok(())
     }
 
-    /// Checks the checksum behind a `Pages` record.
+    /// Checks the checksum behind a record of pages.
     pub(crate) fn recv_pages_end(
         &mut self,
         pages: Pages,
         wait: &mut Wait,
     ) -> Result<(), ChannelError> {
-        self.finish(record::PAGES, pages.crc, wait)
+        self.finish(pages.kind, pages.sum, wait)
     }
 
-    fn finish(
-        &mut self,
-        kind: u32,
-        crc: crc32fast::Hasher,
-        wait: &mut Wait,
-    ) -> Result<(), ChannelError> {
-        let mut found = [0; CRC_LEN];
+    fn finish(&mut self, kind: u32, sum: Checksum, wait: &mut Wait) -> Result<(), ChannelError> {
+        let mut found = [0; SUM_LEN];
         self.read_exact(&mut found, wait)?;
-        let crc = crc.finalize();
-        if crc != u32::from_le_bytes(found) {
+        let sum = sum.value();
+        if sum != u32::from_le_bytes(found) {
             return Err(WireError::Checksum { kind }.into());
         }
-        self.received_digest.add(crc);
+        self.received_digest.add(sum);
         Ok(())
     }
 

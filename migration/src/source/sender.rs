@@ -66,6 +66,8 @@ impl Sent {
 
 /// The buffer of one migration, about 1 MiB.
 pub(super) struct Sender {
+    /// The type of record that the destination reads.
+    kind: u32,
     builder: Builder,
     batch: Vec<Run>,
     pub(super) sent: Sent,
@@ -80,6 +82,7 @@ impl Sender {
         let pages = common.options.bandwidth.map_or(DATA_PAGES_MAX as u64, capped);
         let pages = usize::try_from(pages).unwrap_or(DATA_PAGES_MAX).clamp(16, DATA_PAGES_MAX);
         Self {
+            kind: common.reads.pages_record(),
             builder: Builder::new(SPACE_RAM, pages),
             batch: Vec::new(),
             sent: Sent::default(),
@@ -164,9 +167,10 @@ impl Sender {
     ) -> Result<(), MigrateError> {
         if !self.builder.is_empty() {
             let zero_pages = self.builder.zero_pages();
-            let parts = self.builder.parts();
+            let (kind, parts) = (self.kind, self.builder.parts());
             let still = common.options.deadlines.still;
-            common.exchange(still, observer, |channel, wait| channel.send_pages(parts, wait))?;
+            common
+                .exchange(still, observer, |channel, wait| channel.send_pages(kind, parts, wait))?;
             let time = common.channel.now() - self.since;
             let data = self.pending - zero_pages;
             self.sent.pages += self.pending;

@@ -10,7 +10,7 @@ use crate::pages::{PageSet, Run};
 use crate::plan::{Plan, SECTIONS_MAX};
 use crate::report::{Observer, Stage, micros};
 use crate::state::Section;
-use crate::wire::{WireError, record};
+use crate::wire::WireError;
 
 /// All sections of a guest together, in bytes.
 pub(super) const SECTIONS_BYTES_MAX: usize = 16 << 20;
@@ -87,7 +87,7 @@ impl Common {
         }
     }
 
-    /// One `Pages` record.
+    /// One record of pages.
     fn pages<V: Vacant>(
         &mut self,
         memory: &mut Arriving<V>,
@@ -96,9 +96,10 @@ impl Common {
     ) -> Result<(), MigrateError> {
         let stage = self.progress.stage;
         let guest_error = |doing| move |source| MigrateError::Guest { stage, doing, source };
+        let kind = pages.kind;
         let outside = |what| MigrateError::Channel {
             stage,
-            source: WireError::Malformed { kind: record::PAGES, what }.into(),
+            source: WireError::Malformed { kind, what }.into(),
         };
         let progress = self.progress;
         if observer.observe(&progress) == Flow::Cancel {

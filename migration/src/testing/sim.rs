@@ -13,6 +13,7 @@ use super::guest::{FakeHost, FakeLive, Habits};
 use super::link::{End, Fault, Link};
 use super::world::{Side, World};
 use crate::channel::{Channel, Flow};
+use crate::message::Reads;
 use crate::plan::MigrationId;
 use crate::policy::{Limits, OnTimeout};
 use crate::report::{Progress, Report};
@@ -42,6 +43,8 @@ pub struct Scenario {
     pub eager_locks: bool,
     /// What to do when the time is up.
     pub on_timeout: OnTimeout,
+    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, else in `Pages2`.
+    pub older_target: bool,
 }
 
 /// How it ended.
@@ -92,8 +95,11 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
     let link = Link::new(&world, scenario.fault, scenario.capacity.max(1), record);
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
     let host = FakeHost { world: world.clone(), habits: scenario.habits };
-    let (source, verdicts) =
-        both(&link, |end| source_main(end, guest, scenario), |end| target_main(end, host));
+    let (source, verdicts) = both(
+        &link,
+        |end| source_main(end, guest, scenario),
+        |end| target_main(end, host, scenario),
+    );
     let sent = [link.sent(Side::Source), link.sent(Side::Target)];
     let (mut report, mut error) = (None, None);
     let ending = match source {
@@ -204,17 +210,20 @@ fn settle(commitment: Commitment<FakeLive>, try_locks: bool) -> SourceEnd {
     }
 }
 
-fn target_options() -> target::Options {
+fn target_options(scenario: &Scenario) -> target::Options {
     let mut options = target::Options::new("sim");
+    if scenario.older_target {
+        options.reads = Reads::default();
+    }
     options.still = Duration::from_secs(8);
     options.commit = Duration::from_secs(8);
     options
 }
 
-fn target_main(end: &End, mut host: FakeHost) -> TargetEnd {
+fn target_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> TargetEnd {
     let mut observer = |_: &Progress| Flow::Continue;
     let observer = &mut observer;
-    let opening = target::accept(channel(end), target_options(), observer);
+    let opening = target::accept(channel(end), target_options(scenario), observer);
     let target = match opening {
         Ok(Opening::Migrate(target)) => target,
         Ok(Opening::Question(_)) => unreachable!("no source asks first"),
@@ -295,7 +304,7 @@ fn resolve(
             },
             |end| {
                 let mut observer = |_: &Progress| Flow::Continue;
-                match target::accept(channel(end), target_options(), &mut observer) {
+                match target::accept(channel(end), target_options(scenario), &mut observer) {
                     Ok(Opening::Question(question)) => question.answer(verdicts),
                     _ => false,
                 }

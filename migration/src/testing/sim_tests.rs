@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::inspect::inspect;
 use crate::testing::Random;
 use crate::testing::link::Kind;
-use crate::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, record, record_name};
+use crate::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, SUM_LEN, record, record_name};
 
 fn base(seed: u64) -> Scenario {
     Scenario {
@@ -54,13 +55,13 @@ fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
     found
 }
 
-/// Every byte of the small records; of a `Pages` record the head, the table and some of the data.
+/// Every byte of the small records; of a record of pages the head, the table and some of the data.
 fn places(sent: &[u8]) -> Vec<u64> {
     let mut places: Vec<usize> = (0..PREAMBLE_LEN).collect();
     for (at, head) in records(sent) {
         let len = HEAD_LEN + head.body_len() + 4;
         match head.kind {
-            record::PAGES => {
+            record::PAGES | record::PAGES2 => {
                 places.extend((at..at + 80).step_by(3));
                 places.extend((at + 80..at + len - 4).step_by(4099));
                 places.extend(at + len - 4..at + len);
@@ -74,14 +75,20 @@ fn places(sent: &[u8]) -> Vec<u64> {
 #[test]
 fn a_clean_run_moves_the_guest() {
     for seed in 0..50 {
-        let run = run(&base(seed), true);
+        let older_target = seed % 2 == 0;
+        let run = run(&Scenario { older_target, ..base(seed) }, true);
         assert_eq!((run.ending, run.breaches.len()), (Ending::Moved, 0), "seed {seed}: {run:?}");
         let report = run.report.expect("a report");
         assert!(report.rounds.len() >= 2 && report.downtime.is_some(), "{report:?}");
         let kinds: Vec<_> = records(&run.sent[0]).iter().map(|(_, head)| head.kind).collect();
-        for kind in [record::HELLO, record::RESERVE, record::PAGES, record::COMMIT, record::DONE] {
+        let (pages, other) = match older_target {
+            true => (record::PAGES, record::PAGES2),
+            false => (record::PAGES2, record::PAGES),
+        };
+        for kind in [record::HELLO, record::RESERVE, pages, record::COMMIT, record::DONE] {
             assert!(kinds.contains(&kind), "no {}", record_name(kind));
         }
+        assert!(!kinds.contains(&other), "{} isn't what the target reads", record_name(other));
     }
 }
 
@@ -96,7 +103,7 @@ fn rounds_follow_each_other() {
 fn every_byte_of_both_directions_broken_in_every_way() {
     let mut tally = Tally::default();
     for (seed, blind) in [(1, false), (2, true)] {
-        let mut scenario = base(seed);
+        let mut scenario = Scenario { older_target: blind, ..base(seed) };
         scenario.habits.blind = blind;
         let clean = run(&scenario, true);
         for (sender, sent) in [(Side::Source, &clean.sent[0]), (Side::Target, &clean.sent[1])] {
@@ -113,6 +120,36 @@ fn every_byte_of_both_directions_broken_in_every_way() {
     assert!(tally.count("runs") > 8000 && tally.count("lost") == 0, "{:?}", tally.0);
     assert!(tally.count("moved") > 1000 && tally.count("stayed") > 1000, "{:?}", tally.0);
     assert_eq!(tally.count("decided"), 0, "both sides live: nobody has to ask the operator");
+}
+
+#[test]
+fn a_wrong_byte_of_pages_leaves_the_guest_where_it_is() {
+    for (older_target, kind) in [(true, record::PAGES), (false, record::PAGES2)] {
+        let mut scenario = Scenario { older_target, ..base(12) };
+        let sent = run(&scenario, true).sent[0].clone();
+        let (at, head) = *records(&sent).iter().find(|(_, head)| head.kind == kind).expect("pages");
+        let within = at as u64..(at + HEAD_LEN + head.body_len() + SUM_LEN) as u64;
+        let places: Vec<_> = places(&sent).into_iter().filter(|at| within.contains(at)).collect();
+        assert!(places.len() > 30, "{} places", places.len());
+        for at in places {
+            scenario.fault = Some(Fault { sender: Side::Source, at, kind: Kind::Corrupt });
+            let run = Tally::default().run(&scenario);
+            assert_eq!(run.ending, Ending::Stayed, "{} byte {at}", record_name(kind));
+        }
+    }
+}
+
+#[test]
+fn an_inspection_knows_pages_of_either_kind() {
+    for (older_target, name) in [(true, "Pages"), (false, "Pages2")] {
+        let sent = run(&Scenario { older_target, ..base(12) }, true).sent[0].clone();
+        let mut items = Vec::new();
+        inspect(&mut sent.as_slice(), |item| items.push(item)).expect("a whole stream");
+        let pages = items.iter().find(|item| item.text.contains("pages with data")).expect("one");
+        assert_eq!((pages.name, pages.optional), (name, false));
+        let end = items.iter().find(|item| item.name == "End").expect("an End");
+        assert!(end.text.ends_with("which is right"), "{}", end.text);
+    }
 }
 
 #[test]
@@ -167,6 +204,7 @@ fn anything_at_once() {
             eager_locks: some(&mut random, 2),
             on_timeout: [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle]
                 [(random.next() % 3) as usize],
+            older_target: some(&mut random, 2),
         };
         tally.run(&scenario);
     }
@@ -224,7 +262,7 @@ fn a_dry_run_forecasts_and_moves_nothing() {
         },
         |end| {
             let mut observer = |_: &Progress| Flow::Continue;
-            let opening = target::accept(channel(end), target_options(), &mut observer);
+            let opening = target::accept(channel(end), target_options(&scenario), &mut observer);
             let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
             let prepared = target.reserve(&mut host, &mut observer).unwrap();
             prepared.precopy(&mut observer).expect_err("nothing comes")
