@@ -1,5 +1,6 @@
 //! Moves between real processes: `vmm migrate --listen` as a child, and `--connect` as the VM's client.
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -139,6 +140,14 @@ impl Client {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Reads the progress that it tells as JSON until that is so, or it tells no more. [`Self::wait`] gives the rest.
+    pub fn until_told(&mut self, mut is_so: impl FnMut(&Value) -> bool) {
+        let err = self.child.stderr.as_mut().unwrap();
+        // Byte by byte: what comes after the line is left there.
+        let mut lines = BufReader::with_capacity(1, err).lines();
+        lines.any(|line| is_so(&serde_json::from_str(&line.unwrap()).unwrap_or_default()));
     }
 
     /// Waits for its end.
