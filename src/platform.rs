@@ -12,6 +12,7 @@ use vmm_devices::bus::{Overlap, SlotId};
 use vmm_devices::power::{self, Power, PowerRequest, PowerSink};
 use vmm_devices::reset::{self, ResetLine};
 use vmm_devices::serial::{self, Serial};
+use vmm_devices::sign::FirstSign;
 use vmm_devices::virtio::VirtioDevice;
 use vmm_devices::virtio::announce::Announcer;
 use vmm_devices::virtio::block::Block;
@@ -70,6 +71,8 @@ pub struct Platform {
     pub(crate) disks: Vec<DiskHandle>,
     /// The TAPs, each with the announcer of the device on it.
     pub(crate) taps: Vec<(TapHandle, Announcer)>,
+    /// When the guest first put out anything.
+    pub(crate) sign: Arc<FirstSign>,
 }
 
 impl Platform {
@@ -91,9 +94,10 @@ pub(crate) fn build(
     locking: Locking,
 ) -> Result<(Buses, Platform), PlatformError> {
     let mut buses = Buses::default();
-    let serial = add_serial(&mut buses, vm, console)?;
+    let sign = Arc::default();
+    let serial = add_serial(&mut buses, vm, console, &sign)?;
     let power = add_power(&mut buses, vm, events)?;
-    let mut builder = Builder { vm, ram, io, locking, buses, virtio: Vec::new() };
+    let mut builder = Builder { vm, ram, io, locking, sign: &sign, buses, virtio: Vec::new() };
     builder.add("rng".to_owned(), Box::new(Rng::default()))?;
     let mut disks = Vec::new();
     for disk in &config.disks {
@@ -104,17 +108,18 @@ pub(crate) fn build(
         taps.push(builder.add_net(net)?);
     }
     let Builder { buses, virtio, .. } = builder;
-    Ok((buses, Platform { virtio, serial, power, disks, taps }))
+    Ok((buses, Platform { virtio, serial, power, disks, taps, sign }))
 }
 
 fn add_serial(
     buses: &mut Buses,
     vm: &Arc<VmFd>,
     console: &Console,
+    sign: &Arc<FirstSign>,
 ) -> Result<SlotId, PlatformError> {
     let line = IrqPin::new(vm, layout::SERIAL_GSI);
     let start = u64::from(layout::SERIAL_PORT);
-    let device = Serial::new(line, console.wire());
+    let device = Serial::new(line, console.wire(), Arc::clone(sign));
     Ok(buses.pio.insert(start..start + serial::SIZE, Box::new(device))?)
 }
 
@@ -147,6 +152,7 @@ struct Builder<'a> {
     ram: &'a GuestRam,
     io: &'a RemoteEndpoint<IoTask>,
     locking: Locking,
+    sign: &'a Arc<FirstSign>,
     buses: Buses,
     virtio: Vec<(u64, u32)>,
 }
@@ -177,8 +183,9 @@ impl Builder<'_> {
         let base = layout::virtio_base(index).ok_or_else(too_many)?;
         let gsi = layout::virtio_gsi(index).ok_or_else(too_many)?;
         let line = IrqPin::new(self.vm, gsi);
-        let transport = VirtioMmio::new(device, self.ram.clone(), line, Box::new(self.io.clone()))
-            .map_err(wire(&id))?;
+        let (lender, sign) = (Box::new(self.io.clone()), Arc::clone(self.sign));
+        let transport =
+            VirtioMmio::new(device, self.ram.clone(), line, lender, sign).map_err(wire(&id))?;
         let notify = IoEventAddress::Mmio(base + register::QUEUE_NOTIFY);
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
             self.vm

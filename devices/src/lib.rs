@@ -11,6 +11,7 @@ pub mod limit;
 pub mod power;
 pub mod reset;
 pub mod serial;
+pub mod sign;
 pub mod virtio;
 
 /// Guest RAM, with a bitmap of the pages that the VMM and its devices wrote (KVM's dirty log sees

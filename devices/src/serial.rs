@@ -23,6 +23,7 @@ use vm_superio::serial::{NoEvents, Serial as Uart};
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
+use crate::sign::FirstSign;
 
 mod state;
 
@@ -104,6 +105,7 @@ pub struct Serial {
     // Glue.
     line: Arc<dyn IrqLine>,
     wire: Box<dyn Wire>,
+    sign: Arc<FirstSign>,
     // State. `uart` never sees the transmitter's half: neither bytes nor its bit of IER.
     uart: Uart<Line, NoEvents, Sink>,
     interrupt_enable: u8,
@@ -119,11 +121,12 @@ pub struct Serial {
 impl Serial {
     /// A port in its state after power-on.
     #[must_use]
-    pub fn new(line: Arc<dyn IrqLine>, wire: Box<dyn Wire>) -> Self {
+    pub fn new(line: Arc<dyn IrqLine>, wire: Box<dyn Wire>, sign: Arc<FirstSign>) -> Self {
         Self {
             uart: Uart::new(Line(Arc::clone(&line)), std::io::sink()),
             line,
             wire,
+            sign,
             interrupt_enable: 0,
             transmit: Transmit::Seen,
             fifo_enabled: false,
@@ -287,6 +290,7 @@ impl Serial {
                 if self.looped() {
                     self.set(DATA, value);
                 } else {
+                    self.sign.note();
                     self.wire.push(&[value]);
                 }
                 self.transmitter_empty();

@@ -48,7 +48,7 @@ impl Bench {
         let counters = Arc::new(Counters::default());
         let (sent, out) = channel();
         let wire = Box::new(TestWire(Arc::clone(&counters), sent));
-        Self { serial: Serial::new(counters.clone(), wire), counters, out }
+        Self { serial: Serial::new(counters.clone(), wire, Arc::default()), counters, out }
     }
 
     fn read(&mut self, register: u8) -> u8 {

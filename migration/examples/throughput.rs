@@ -161,7 +161,7 @@ impl Vacant for Still {
     }
 
     fn activate(self, _paused: bool) -> Result<Active<Vec<u8>>, GuestError> {
-        Ok(Active { running: self.0, guest_stall_us: None })
+        Ok(Active { running: self.0, guest_stall_us: None, first_sign: None })
     }
 }
 

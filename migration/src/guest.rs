@@ -4,6 +4,8 @@
 //! [`Vacant`] until it is activated, and a [`Host`] makes it. Every page number is one of guest RAM as
 //! the [`Plan`] lays it out; a run handed to an implementation lies in one region of the plan.
 
+use std::time::Duration;
+
 use crate::pages::{PageSet, Run};
 use crate::plan::{Plan, SectionId};
 use crate::state::Section;
@@ -259,6 +261,29 @@ pub trait Vacant: Sized {
     fn activate(self, paused: bool) -> Result<Active<Self::Running>, GuestError>;
 }
 
+/// Tells of an activated guest's first sign: its first output, which an observer beyond it may see.
+pub struct SignWatch(Box<dyn Fn() -> Option<Duration> + Send>);
+
+impl SignWatch {
+    /// By a function that tells how long ago the sign was given, once it was.
+    #[must_use]
+    pub fn new(ago: impl Fn() -> Option<Duration> + Send + 'static) -> Self {
+        Self(Box::new(ago))
+    }
+
+    /// How long ago it was given. `None`: not yet.
+    #[must_use]
+    pub fn ago(&self) -> Option<Duration> {
+        (self.0)()
+    }
+}
+
+impl std::fmt::Debug for SignWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SignWatch").finish_non_exhaustive()
+    }
+}
+
 /// What [`Vacant::activate`] made.
 #[derive(Debug)]
 pub struct Active<R> {
@@ -267,4 +292,6 @@ pub struct Active<R> {
     /// How far the guest's own clock went on between the save of its state and its first run here, in
     /// microseconds, where it can be told.
     pub guest_stall_us: Option<u64>,
+    /// Tells of its first sign. `None`: it is paused, or nobody looks.
+    pub first_sign: Option<SignWatch>,
 }

@@ -22,6 +22,10 @@ pub const REASON_LEN_MAX: usize = 512;
 pub const PING_PADDING_MAX: usize = 1 << 20;
 /// The kind under which [`Reads`] lists the records of pages: version 1 is `Pages`, version 2 `Pages2`.
 pub const PAGES_KIND: &str = "Pages";
+/// The kind by which [`Reads`] announces `FirstSign`, in version 1.
+pub const FIRST_SIGN_KIND: &str = "FirstSign";
+/// A first sign that comes later than this after the activation isn't told, in microseconds.
+pub const FIRST_SIGN_US_MAX: u64 = 100_000;
 
 /// Opens a migration. Source to destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,15 +54,16 @@ pub struct HelloReply {
 /// What the destination reads, sent before `HelloReply`. Optional: without it, version 1 of everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reads {
-    /// The newest version of each kind of section of which that isn't 1; and of [`PAGES_KIND`].
+    /// The newest version of each kind of section of which that isn't 1; of [`PAGES_KIND`]; and [`FIRST_SIGN_KIND`], where
+    /// that is told.
     pub newest: Vec<(String, u16)>,
 }
 
 impl Reads {
-    /// What this release reads: these sections, and `Pages2`.
+    /// What this release reads: these sections, and `Pages2`; and that it tells the first sign.
     #[must_use]
     pub fn new(mut sections: Vec<(String, u16)>) -> Self {
-        sections.push((PAGES_KIND.to_owned(), 2));
+        sections.extend([(PAGES_KIND.to_owned(), 2), (FIRST_SIGN_KIND.to_owned(), 1)]);
         Self { newest: sections }
     }
 
@@ -72,6 +77,12 @@ impl Reads {
     #[must_use]
     pub fn pages_record(&self) -> u32 {
         if self.version(PAGES_KIND) < 2 { record::PAGES } else { record::PAGES2 }
+    }
+
+    /// Whether the destination tells the guest's first sign.
+    #[must_use]
+    pub fn first_sign(&self) -> bool {
+        self.newest.iter().any(|(kind, _)| kind == FIRST_SIGN_KIND)
     }
 }
 
@@ -189,6 +200,13 @@ pub struct Activated {
     pub guest_stall_us: Option<u64>,
 }
 
+/// The guest gave its first sign at the destination. Optional, after `Done`; nothing hangs on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FirstSign {
+    /// From the end of what [`Activated::activate_us`] measures, in microseconds.
+    pub after_us: u64,
+}
+
 /// Asks, over a new connection, how a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resolve {
@@ -223,6 +241,7 @@ pub enum Message {
     Ready(Ready),
     Commit(Commit),
     Activated(Activated),
+    FirstSign(FirstSign),
     /// The destination never ran the guest and never will.
     NeverActivated(Reasons),
     /// The source has let go of the guest.
@@ -257,6 +276,7 @@ impl Message {
             Self::Ready(_) => record::READY,
             Self::Commit(_) => record::COMMIT,
             Self::Activated(_) => record::ACTIVATED,
+            Self::FirstSign(_) => record::FIRST_SIGN,
             Self::NeverActivated(_) => record::NEVER_ACTIVATED,
             Self::Done => record::DONE,
             Self::Cancel(_) => record::CANCEL,
@@ -292,6 +312,7 @@ impl Message {
             Self::Ready(m) => pack(m),
             Self::Commit(m) => pack(m),
             Self::Activated(m) => pack(m),
+            Self::FirstSign(m) => pack(m),
             Self::Resolve(m) => pack(m),
             Self::Done | Self::UnknownId => Vec::new(),
         }
@@ -326,6 +347,7 @@ impl Message {
             record::READY => Self::Ready(unpack(kind, body)?),
             record::COMMIT => Self::Commit(unpack(kind, body)?),
             record::ACTIVATED => Self::Activated(unpack(kind, body)?),
+            record::FIRST_SIGN => Self::FirstSign(unpack(kind, body)?),
             record::NEVER_ACTIVATED => Self::NeverActivated(reasons(kind, body)?),
             record::CANCEL => Self::Cancel(reasons(kind, body)?),
             record::FAILED => Self::Failed(reasons(kind, body)?),

@@ -129,8 +129,19 @@ pub struct Downtime {
     pub commit_us: u64,
     /// Taking the disks' locks and starting the vCPUs at the destination.
     pub activate_us: u64,
-    /// All of it: from the first kick to the vCPUs running.
+    /// From there to the guest's first sign: its first output, which an observer may see. `None`: it gave none within
+    /// [`crate::message::FIRST_SIGN_US_MAX`], or the destination doesn't tell.
+    pub first_sign_us: Option<u64>,
+    /// All of it: from the first kick to the first sign, or where none is known to the vCPUs running.
     pub total_us: u64,
+}
+
+impl Downtime {
+    /// Adds the guest's first sign, so long after the vCPUs ran.
+    pub(crate) fn add_first_sign(&mut self, after_us: u64) {
+        self.first_sign_us = Some(after_us);
+        self.total_us = self.total_us.saturating_add(after_us);
+    }
 }
 
 /// What was expected before, to be held against what came.
@@ -144,7 +155,7 @@ pub struct Forecast {
     pub total_us: u64,
     /// Bytes sent.
     pub bytes: u64,
-    /// The downtime.
+    /// The downtime, to the vCPUs running: what the guest does then, and so its first sign, isn't forecast, nor limited.
     pub downtime_us: u64,
     /// The part of it that doesn't depend on pages.
     pub fixed_us: u64,

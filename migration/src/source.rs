@@ -43,12 +43,15 @@ pub struct Deadlines {
     pub halted: Duration,
     /// To answer `Commit`, and `Resolve`.
     pub answer: Duration,
+    /// To tell the guest's first sign, once all is over. A link that blocks may make it a little longer.
+    pub first_sign: Duration,
 }
 
 impl Default for Deadlines {
     fn default() -> Self {
         let s = Duration::from_secs;
-        Self { still: s(10), reserve: s(60), halted: s(10), answer: s(10) }
+        let first_sign = Duration::from_millis(150);
+        Self { still: s(10), reserve: s(60), halted: s(10), answer: s(10), first_sign }
     }
 }
 

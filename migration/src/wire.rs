@@ -69,6 +69,7 @@ pub mod record {
     pub const MEMORY_SUMS: u32 = 24;
     pub const READS: u32 = 25;
     pub const PAGES2: u32 = 26;
+    pub const FIRST_SIGN: u32 = 27;
 }
 
 /// The name of a record type, for `inspect` and for errors.
@@ -101,6 +102,7 @@ pub fn record_name(kind: u32) -> &'static str {
         record::MEMORY_SUMS => "MemorySums",
         record::READS => "Reads",
         record::PAGES2 => "Pages2",
+        record::FIRST_SIGN => "FirstSign",
         _ => "unknown",
     }
 }
@@ -114,7 +116,7 @@ pub fn len_max(kind: u32) -> u32 {
         record::RESERVE | record::SNAPSHOT => 1024 * KIB,
         record::PAGES | record::PAGES2 | record::PING => 1088 * KIB,
         record::MEMORY_SUMS => 256 * KIB + 64,
-        record::HELLO..=record::READS => 64 * KIB,
+        record::HELLO..=record::READS | record::FIRST_SIGN => 64 * KIB,
         _ => RECORD_LEN_MAX,
     }
 }
@@ -242,7 +244,7 @@ pub struct RecordHead {
 }
 
 impl RecordHead {
-    /// The head of a record: mandatory, but for `Reads`, which protocol 1 began without.
+    /// The head of a record: mandatory, but for those that protocol 1 began without.
     ///
     /// # Panics
     /// If `len` is over the type's limit: the writer's own mistake.
@@ -250,7 +252,7 @@ impl RecordHead {
     pub fn new(kind: u32, len: usize) -> Self {
         let len = u32::try_from(len).expect("a body within its limit");
         assert!(len <= len_max(kind), "{} of {len} bytes is over its limit", record_name(kind));
-        Self { kind, optional: kind == record::READS, len }
+        Self { kind, optional: matches!(kind, record::READS | record::FIRST_SIGN), len }
     }
 
     /// The eight bytes.

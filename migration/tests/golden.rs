@@ -89,6 +89,7 @@ fn messages() -> Vec<Message> {
         Message::Resolve(Resolve { protocol_min: 1, protocol_max: 1, id }),
         Message::UnknownId,
         Message::Reads(Reads { newest: vec![("serial".into(), 2)] }),
+        Message::FirstSign(FirstSign { after_us: 15_000 }),
     ]
 }
 

@@ -104,7 +104,7 @@ pub fn report(r: &Value) -> String {
     }
     let downtime = &r["downtime"];
     let part = |field| milliseconds(number(downtime, field));
-    let _ = writeln!(
+    let _ = write!(
         text,
         "downtime {}: stop {}, dirty {}, pages {}, save {}, restore {}, commit {}, activate {}",
         part("total_us"),
@@ -116,6 +116,10 @@ pub fn report(r: &Value) -> String {
         part("commit_us"),
         part("activate_us"),
     );
+    if let Some(first_sign) = downtime["first_sign_us"].as_u64() {
+        let _ = write!(text, ", first sign {}", milliseconds(first_sign));
+    }
+    text.push('\n');
     if let Some(stall) = r["guest_stall_us"].as_u64() {
         let _ = writeln!(text, "the guest's own clock saw a gap of {}", milliseconds(stall));
     }

@@ -35,7 +35,7 @@ struct Guest {
 impl Guest {
     fn new(console: &Console) -> Self {
         let mut bus = Bus::default();
-        let serial = Serial::new(Arc::new(NoLine), console.wire());
+        let serial = Serial::new(Arc::new(NoLine), console.wire(), Arc::default());
         let slot = bus.insert(0x3f8..0x400, Box::new(serial)).unwrap();
         let guest = Self { bus: Arc::new(bus), slot };
         guest.attach(console);

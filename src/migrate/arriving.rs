@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_devices::virtio::announce::announce_frames;
-use vmm_migration::guest::{Active, GuestError, Host, Reserved, Vacant};
+use vmm_migration::guest::{Active, GuestError, Host, Reserved, SignWatch, Vacant};
 use vmm_migration::pages::Run;
 use vmm_migration::plan::{Plan, SectionId};
 use vmm_migration::state::Section;
@@ -195,11 +195,14 @@ impl Vacant for VacantGuest {
             announcer.request();
         }
         let taps: Vec<_> = machine.core.platform.taps.to_vec();
+        let sign = Arc::clone(&machine.core.platform.sign);
         let vm = Vm::go_on(machine, paused);
         let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
         let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
         announce(taps);
-        Ok(Active { running: Arrived { vm, server, console }, guest_stall_us: gap })
+        let first_sign = (!paused).then(|| SignWatch::new(move || sign.ago()));
+        let running = Arrived { vm, server, console };
+        Ok(Active { running, guest_stall_us: gap, first_sign })
     }
 }
 

@@ -117,6 +117,7 @@ impl Door {
         verdicts.keep(&farewell.verdict);
         let answer = move || {
             if farewell.source_knows() {
+                farewell.tell_first_sign();
                 return;
             }
             drop(claim);

@@ -55,6 +55,7 @@ impl Stateful for Serial {
         let Self {
             line: _,
             wire: _,
+            sign: _,
             uart,
             interrupt_enable,
             transmit,

@@ -22,6 +22,7 @@ use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::limit::RateLimited;
+use crate::sign::FirstSign;
 
 /// Bytes of address space that one device answers.
 pub const MMIO_LEN: u64 = 0x1000;
@@ -101,7 +102,7 @@ pub struct VirtioMmio {
 
 impl VirtioMmio {
     /// Puts `device` behind an MMIO register map, at rest. `line` is its interrupt, `lender` whoever
-    /// drives it in motion.
+    /// drives it in motion; `sign` is noted when the guest notifies a queue.
     ///
     /// # Errors
     /// The kernel gives no eventfd, or the device has a queue that can't be (`InvalidInput`).
@@ -110,6 +111,7 @@ impl VirtioMmio {
         ram: GuestRam,
         line: Arc<dyn IrqLine>,
         lender: Box<dyn Lender>,
+        sign: Arc<FirstSign>,
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes().to_vec();
         if sizes.len() > QUEUES_MAX {
@@ -120,14 +122,17 @@ impl VirtioMmio {
         let kicks: io::Result<Arc<[EventFd]>> =
             sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
         let (kicks, interrupt) = (kicks?, Interrupt::new(line));
+        let (config, name) = (device.config(), device.kind());
+        let core = TransportCore::new(device.id(), device.features(), &sizes, interrupt.clone());
+        let worker = Worker::new(device, ram, Arc::clone(&kicks), interrupt, sign, queues);
         Ok(Self {
-            config: device.config(),
-            kicks: Arc::clone(&kicks),
+            config,
+            kicks,
             lender,
             log: RateLimited::new(LOG_LINES_PER_SECOND),
-            name: device.kind(),
-            core: TransportCore::new(device.id(), device.features(), &sizes, interrupt.clone()),
-            place: Place::Home(Box::new(Worker::new(device, ram, kicks, interrupt, queues))),
+            name,
+            core,
+            place: Place::Home(Box::new(worker)),
             running: false,
             activated: false,
         })

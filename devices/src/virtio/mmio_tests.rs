@@ -364,7 +364,7 @@ fn more_queues_than_a_device_may_have_are_refused() {
     for sizes in [vec![8; QUEUES_MAX + 1], vec![0], vec![12]] {
         let (line, io) = (Arc::new(CountingLine::default()), Box::new(IoLoop::new()));
         let device = Box::new(Odd::new(sizes));
-        let result = VirtioMmio::new(device, ram(0x1000), line, io);
+        let result = VirtioMmio::new(device, ram(0x1000), line, io, Arc::default());
         assert_eq!(result.err().unwrap().kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -13,6 +13,7 @@ use super::queue::{QUEUES_MAX, QueueIo};
 use super::{DriverFault, VirtioDevice};
 use crate::GuestRam;
 use crate::limit::RateLimited;
+use crate::sign::FirstSign;
 
 /// How often one notification lets a device look at its queue before the other devices have their turn.
 const ROUNDS_MAX: usize = 4;
@@ -101,9 +102,12 @@ pub struct Worker {
     /// One for each queue: the guest's notifications (virtio 1.3, 4.2.3.3), by ioeventfd.
     kicks: Arc<[EventFd]>,
     interrupt: Interrupt,
+    sign: Arc<FirstSign>,
     log: RateLimited,
     /// As of the last time the worker was lent.
     sources: Vec<Source>,
+    /// Of each queue: how often the worker itself kicked it since it last looked.
+    own_kicks: [u64; QUEUES_MAX],
 
     pub(super) queues: Vec<Queue>,
 }
@@ -114,10 +118,12 @@ impl Worker {
         ram: GuestRam,
         kicks: Arc<[EventFd]>,
         interrupt: Interrupt,
+        sign: Arc<FirstSign>,
         queues: Vec<Queue>,
     ) -> Self {
         let log = RateLimited::new(LOG_LINES_PER_SECOND);
-        Self { device, ram, kicks, interrupt, log, sources: Vec::new(), queues }
+        let (sources, own_kicks) = (Vec::new(), [0; QUEUES_MAX]);
+        Self { device, ram, kicks, interrupt, sign, log, sources, own_kicks, queues }
     }
 
     pub(super) fn ram(&self) -> &GuestRam {
@@ -154,17 +160,26 @@ impl Worker {
 
     fn kicked(&mut self, queue: usize, ops: &mut EventOps<'_>) -> Result<(), DriverFault> {
         // Nothing to read: a notification that was already served.
-        let _ = self.kicks[queue].read();
+        let count = self.kicks[queue].read().unwrap_or(0);
+        if count > std::mem::take(&mut self.own_kicks[queue]) {
+            self.sign.note();
+        }
         if !self.queues[queue].ready() {
             return Ok(());
         }
         if self.serve(queue)? {
-            kick(&self.kicks[queue]);
+            self.kick_itself(queue);
         }
         for index in 0..self.sources.len() {
             self.watch(index, ops);
         }
         Ok(())
+    }
+
+    /// Has it look at a queue again.
+    fn kick_itself(&mut self, queue: usize) {
+        self.own_kicks[queue] += 1;
+        kick(&self.kicks[queue]);
     }
 
     fn input(
@@ -220,7 +235,7 @@ impl MutEventSubscriber for Worker {
                 return self.fail(&e, ops);
             }
             // What the driver made available before, and what a move interrupted, is found by looking.
-            kick(&self.kicks[queue]);
+            self.kick_itself(queue);
         }
         for index in 0..self.sources.len() {
             self.watch(index, ops);

@@ -50,8 +50,10 @@ fn threaded(io: &Loop) -> Driver {
     let (ram, line) = (ram(0x2_0000), Arc::new(CountingLine::default()));
     let lender = Box::new(io.endpoint.clone());
     let irq: Arc<dyn crate::irq::IrqLine> = line.clone();
-    let device = VirtioMmio::new(Echo::new().0, ram.clone(), irq, lender).unwrap();
-    let mut driver = Driver { device, line, io: IoLoop::new(), ram };
+    let sign = Arc::new(FirstSign::default());
+    let echo = Echo::new().0;
+    let device = VirtioMmio::new(echo, ram.clone(), irq, lender, Arc::clone(&sign)).unwrap();
+    let mut driver = Driver { device, line, sign, io: IoLoop::new(), ram };
     driver.device.resume();
     driver
 }
@@ -84,6 +86,29 @@ fn a_device_works_on_another_thread_and_comes_home_whenever_asked() {
     }
     driver.write(register::STATUS, 0);
     assert_eq!(driver.status(), 0);
+}
+
+/// At every start a worker looks at its queues, and then again at one that stays full: none of that is the guest's doing.
+#[test]
+fn a_notification_is_the_guests_sign_and_a_look_of_the_workers_own_is_none() {
+    let mut driver = Driver::new(Echo::new().0, &ram(0x2_0000));
+    let mut rings = driver.start(0x1000, &[16, 8], 0);
+    for _ in 0..3 {
+        rings[0].add(&[Buf::readable(0x8000, 4), Buf::writable(0x8100, 4)]);
+        driver.device.quiesce();
+        driver.device.resume();
+        driver.io.run();
+        assert!(rings[0].pop_used().is_some());
+        // Its look is still to come when it goes home.
+        driver.device.quiesce();
+        driver.device.resume();
+    }
+    driver.io.run();
+    assert_eq!(driver.sign.ago(), None);
+    // By an ioeventfd, that is, without an exit.
+    kick(&driver.device.kicks()[1]);
+    driver.io.run();
+    assert!(driver.sign.ago().is_some());
 }
 
 #[test]

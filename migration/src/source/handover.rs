@@ -13,11 +13,12 @@ use crate::channel::{Channel, ChannelError, Flow, Wait};
 use crate::error::MigrateError;
 use crate::guest::{Halted, Live, Locks};
 use crate::message::{
-    Activated, Commit, End, Message, PROTOCOL_MAX, PROTOCOL_MIN, Ready, Resolve, StopAndCopy,
+    Activated, Commit, End, FIRST_SIGN_US_MAX, Message, PROTOCOL_MAX, PROTOCOL_MIN, Ready, Resolve,
+    StopAndCopy,
 };
 use crate::pages::PageSet;
 use crate::plan::MigrationId;
-use crate::report::{Downtime, Observer, Outcome, Report, Round, Stage, micros};
+use crate::report::{Downtime, Observer, Outcome, Progress, Report, Round, Stage, micros};
 
 /// Stage 3 is over: the destination holds everything and stands ready.
 pub struct Stopped<L: Live> {
@@ -188,6 +189,29 @@ impl Common {
     }
 }
 
+impl Common {
+    /// When the guest gave its first sign there, in microseconds after its activation. It is the destination's by now,
+    /// which was told so: whatever comes here, or doesn't, changes nothing any more.
+    fn first_sign(&mut self, observer: &mut dyn Observer) -> Option<u64> {
+        if !self.reads.first_sign() {
+            return None;
+        }
+        let progress = Progress { stage: Stage::Activation, ..self.progress };
+        let mut poll = || {
+            let _ = observer.observe(&progress);
+            Flow::Continue
+        };
+        let limit = self.options.deadlines.first_sign;
+        let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
+        match self.channel.recv("FirstSign", &mut wait) {
+            Ok(Message::FirstSign(sign)) if sign.after_us <= FIRST_SIGN_US_MAX => {
+                Some(sign.after_us)
+            }
+            _ => None,
+        }
+    }
+}
+
 /// What is known of who runs the guest.
 enum Answer {
     NotWritten(ChannelError),
@@ -242,7 +266,11 @@ impl<L: Live> Source<Stopped<L>> {
                 let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
                 // A destination that doesn't hear this forgets the migration by itself, later.
                 let _ = common.channel.send(&Message::Done, &mut wait);
-                let report = common.report(Outcome::Moved);
+                let mut report = common.report(Outcome::Moved);
+                let sign = if guest.paused() { None } else { common.first_sign(observer) };
+                if let (Some(downtime), Some(after_us)) = (&mut report.downtime, sign) {
+                    downtime.add_first_sign(after_us);
+                }
                 Commitment::Moved(Box::new(Moved { guest, report }))
             }
         }
@@ -276,8 +304,7 @@ impl<L: Live> InDoubt<L> {
         observer: &mut dyn Observer,
     ) -> Commitment<L> {
         let stage = Stage::Commitment;
-        let mut poll =
-            || observer.observe(&crate::report::Progress { stage, ..Default::default() });
+        let mut poll = || observer.observe(&Progress { stage, ..Default::default() });
         let mut wait = Wait::new(self.answer_limit, &mut poll);
         let resolve =
             Resolve { protocol_min: PROTOCOL_MIN, protocol_max: PROTOCOL_MAX, id: self.id };

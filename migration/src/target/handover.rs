@@ -1,14 +1,19 @@
 //! Stages 4 and 5 at the destination: `Commit` read whole, and only then the guest activated.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Common, Ended, Target};
 use crate::channel::{Flow, Wait};
 use crate::error::MigrateError;
-use crate::guest::{Active, Vacant};
-use crate::message::{self, Activated, Message, Reasons};
+use crate::guest::{Active, SignWatch, Vacant};
+use crate::message::{self, Activated, FIRST_SIGN_US_MAX, FirstSign, Message, Reasons};
 use crate::plan::MigrationId;
 use crate::report::{Observer, Stage, micros};
+
+/// How often to look for the guest's first sign: when it was is known exactly all the same.
+const FIRST_SIGN_LOOK: Duration = Duration::from_millis(5);
 
 /// Stage 3 is over: the guest is restored. It doesn't run.
 #[derive(Debug)]
@@ -22,7 +27,7 @@ pub struct Restored<V> {
 pub struct Committed<V> {
     guest: V,
     paused: bool,
-    read_at: std::time::Duration,
+    read_at: Duration,
 }
 
 /// How a migration ended here, for a source that didn't hear it. It never changes.
@@ -75,6 +80,8 @@ pub struct Activation<R> {
     pub verdict: Verdict,
     /// What the source was told.
     pub activated: Activated,
+    sign: Option<SignWatch>,
+    activated_at: Duration,
     common: Box<Common>,
 }
 
@@ -83,6 +90,8 @@ pub struct Activation<R> {
 pub struct Farewell {
     /// What to answer a source in doubt, while [`Farewell::source_knows`] is false.
     pub verdict: Verdict,
+    sign: Option<SignWatch>,
+    activated_at: Duration,
     common: Box<Common>,
 }
 
@@ -94,13 +103,33 @@ impl Farewell {
         let mut wait = Wait::new(self.common.options.still, &mut poll);
         matches!(self.common.channel.recv("Done", &mut wait), Ok(Message::Done))
     }
+
+    /// Tells a source that knows the guest's first sign, as soon as it is given, if that is soon. All else is over,
+    /// and nothing hangs on whether the source hears it.
+    pub fn tell_first_sign(&mut self) {
+        let Some(sign) = &self.sign else { return };
+        loop {
+            let ago = sign.ago();
+            let after = self.common.channel.now().saturating_sub(self.activated_at);
+            // One that was given before `Activated` was written came at once.
+            let after_us = micros(after.saturating_sub(ago.unwrap_or_default()));
+            if after_us > FIRST_SIGN_US_MAX {
+                return;
+            }
+            if ago.is_some() {
+                return self.common.tell(&Message::FirstSign(FirstSign { after_us }));
+            }
+            self.common.channel.sleep(FIRST_SIGN_LOOK);
+        }
+    }
 }
 
 impl<R> Activation<R> {
     /// The guest, and what is left to do with the source.
     #[must_use]
     pub fn into_parts(self) -> (R, Farewell) {
-        (self.running, Farewell { verdict: self.verdict, common: self.common })
+        let Self { running, verdict, activated: _, sign, activated_at, common } = self;
+        (running, Farewell { verdict, sign, activated_at, common })
     }
 }
 
@@ -159,17 +188,18 @@ impl<V: Vacant> Target<Committed<V>> {
     pub fn activate(self) -> Result<Activation<V::Running>, Box<Ended>> {
         let Target { mut common, stage: Committed { guest, paused, read_at } } = self;
         common.progress.stage = Stage::Activation;
-        let Active { running, guest_stall_us } = match guest.activate(paused) {
+        let Active { running, guest_stall_us, first_sign: sign } = match guest.activate(paused) {
             Ok(active) => active,
             Err(source) => {
                 let (stage, doing) = (Stage::Activation, "activating the guest");
                 return Err(common.never_activated(MigrateError::Guest { stage, doing, source }));
             }
         };
-        let activate_us = micros(common.channel.now() - read_at);
+        let activated_at = common.channel.now();
+        let activate_us = micros(activated_at - read_at);
         let activated = Activated { activate_us, guest_stall_us };
         let verdict = Verdict { id: common.id, answer: Ok(activated) };
         common.tell(&verdict.message());
-        Ok(Activation { running, verdict, activated, common })
+        Ok(Activation { running, verdict, activated, sign, activated_at, common })
     }
 }

@@ -1,10 +1,14 @@
 //! A fake guest: some pages, a random dirtier that runs between any two steps, a dirty log that
 //! behaves like KVM's, one disk.
 
+use std::cell::Cell;
+use std::time::Duration;
+
 use super::Random;
 use super::world::{Side, World};
 use crate::guest::{
-    Active, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved, Vacant,
+    Active, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved, SignWatch,
+    Vacant,
 };
 use crate::pages::{PAGE_SIZE, PageSet, Run};
 use crate::plan::{CpuNeeds, DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
@@ -30,6 +34,8 @@ pub struct Habits {
     pub activation_fails: bool,
     /// The target doesn't see the source's locks.
     pub blind: bool,
+    /// At the target it gives its first sign when it was looked for so often before. `None`: never.
+    pub sign_after: Option<u64>,
 }
 
 /// RAM. Of each page only [`CELLS`] bytes are ever written, to keep comparing cheap.
@@ -372,7 +378,7 @@ impl Vacant for FakeVacant {
         Ok(())
     }
 
-    fn activate(self, _paused: bool) -> Result<Active<FakeRunning>, GuestError> {
+    fn activate(self, paused: bool) -> Result<Active<FakeRunning>, GuestError> {
         self.world.state().hand(Side::Target);
         self.world.step(Side::Target);
         if self.habits.activation_fails || !self.world.lock(Side::Target) {
@@ -390,7 +396,15 @@ impl Vacant for FakeVacant {
             }
         }
         self.world.step(Side::Target);
-        Ok(Active { running: FakeRunning(()), guest_stall_us: None })
+        let looks = Cell::new(0);
+        let sign_after = self.habits.sign_after;
+        let first_sign = (!paused).then(|| {
+            SignWatch::new(move || {
+                let before = looks.replace(looks.get() + 1);
+                sign_after.is_some_and(|after| before >= after).then_some(Duration::ZERO)
+            })
+        });
+        Ok(Active { running: FakeRunning(()), guest_stall_us: None, first_sign })
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::world::{Side, World};
 use crate::channel::Clock;
 
-/// What a blocked call waits for, at most: the slice of a real transport, stretched to save turns.
+/// What a blocked call waits for, at most, unless told: the slice of a real transport, stretched to save turns.
 const SLICE: Duration = Duration::from_secs(2);
 /// Calls that a [`Kind::Short`] lasts, each way: longer than any small message's head and body.
 const SHORT_CALLS: u32 = 100;
@@ -66,6 +66,7 @@ struct Shared {
     cut: bool,
     held_until: [Duration; 2],
     short: [u32; 2],
+    slice: Duration,
     fault: Option<Fault>,
     capacity: usize,
     record: bool,
@@ -90,11 +91,17 @@ impl Link {
             cut: false,
             held_until: [Duration::ZERO; 2],
             short: [0; 2],
+            slice: SLICE,
             fault,
             capacity,
             record,
         };
         Self { shared: Arc::new((Mutex::new(shared), Condvar::new())), world: world.clone() }
+    }
+
+    /// Blocks for this long at most from here on.
+    pub fn set_slice(&self, slice: Duration) {
+        self.lock().slice = slice;
     }
 
     /// A side's end. Its thread calls [`End::begin`] first.
@@ -199,7 +206,8 @@ impl Read for End {
                 shared = self.link.pass(shared, me);
             }
         }
-        shared.now += SLICE;
+        let slice = shared.slice;
+        shared.now += slice;
         Err(io::ErrorKind::WouldBlock.into())
     }
 }
@@ -222,7 +230,8 @@ impl Write for End {
                 shared = self.link.pass(shared, me);
             }
         }
-        shared.now += SLICE;
+        let slice = shared.slice;
+        shared.now += slice;
         Err(io::ErrorKind::WouldBlock.into())
     }
 

@@ -43,8 +43,11 @@ pub struct Scenario {
     pub eager_locks: bool,
     /// What to do when the time is up.
     pub on_timeout: OnTimeout,
-    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, else in `Pages2`.
+    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, else in `Pages2`;
+    /// and no first sign is awaited from it.
     pub older_target: bool,
+    /// How long the link blocks at most, if not for its usual time.
+    pub slice: Option<Duration>,
 }
 
 /// How it ended.
@@ -93,6 +96,7 @@ enum SourceEnd {
 pub fn run(scenario: &Scenario, record: bool) -> Run {
     let world = World::new(scenario.crash);
     let link = Link::new(&world, scenario.fault, scenario.capacity.max(1), record);
+    scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
     let host = FakeHost { world: world.clone(), habits: scenario.habits };
     let (source, verdicts) = both(
@@ -180,6 +184,7 @@ fn source_options(scenario: &Scenario) -> Options {
             reserve: Duration::from_secs(5),
             halted: Duration::from_secs(5),
             answer: Duration::from_secs(5),
+            ..Deadlines::default()
         },
         dry_run: false,
     }
@@ -238,7 +243,9 @@ fn target_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> TargetEnd 
     match ended {
         Ok(activation) => {
             let (_, mut farewell) = activation.into_parts();
-            farewell.source_knows();
+            if farewell.source_knows() {
+                farewell.tell_first_sign();
+            }
             vec![farewell.verdict]
         }
         Err(ended) => ended.verdict.into_iter().collect(),

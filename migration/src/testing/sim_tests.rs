@@ -11,7 +11,7 @@ use crate::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, SUM_LEN, record, record_na
 fn base(seed: u64) -> Scenario {
     Scenario {
         seed,
-        habits: Habits { dirties: 1, ..Habits::default() },
+        habits: Habits { dirties: 1, sign_after: Some(0), ..Habits::default() },
         capacity: 1 << 16,
         on_timeout: OnTimeout::StopAndCopy,
         ..Scenario::default()
@@ -192,6 +192,7 @@ fn anything_at_once() {
                 paused: some(&mut random, 8),
                 activation_fails: some(&mut random, 8),
                 blind: some(&mut random, 2),
+                sign_after: some(&mut random, 2).then(|| random.below(30)),
             },
             fault: some(&mut random, 2).then(|| {
                 let within = [600, 100_000][(random.next() % 2) as usize];
@@ -205,6 +206,7 @@ fn anything_at_once() {
             on_timeout: [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle]
                 [(random.next() % 3) as usize],
             older_target: some(&mut random, 2),
+            slice: some(&mut random, 8).then(|| Duration::from_millis(20)),
         };
         tally.run(&scenario);
     }
@@ -222,6 +224,55 @@ fn cancelling_at_every_question_leaves_the_guest_running() {
         }
     }
     assert!(tally.count("stayed") > 20 && tally.count("moved") > 20, "{:?}", tally.0);
+}
+
+/// The downtime that a run tells, and of it the first sign.
+fn told(run: &Run) -> (u64, Option<u64>) {
+    assert_eq!((run.ending, run.breaches.len()), (Ending::Moved, 0), "{run:?}");
+    let downtime = run.report.as_ref().and_then(|report| report.downtime.as_ref());
+    downtime.map(|downtime| (downtime.total_us, downtime.first_sign_us)).expect("a downtime")
+}
+
+#[test]
+fn the_downtime_lasts_to_the_first_sign_where_one_comes_in_time() {
+    let mut scenario = base(31);
+    // By the usual slice the time of the wait is over at once.
+    scenario.slice = Some(Duration::from_millis(1));
+    let mut run = |sign_after, paused, older_target| {
+        scenario.habits = Habits { sign_after, paused, ..scenario.habits };
+        scenario.older_target = older_target;
+        told(&super::run(&scenario, false))
+    };
+    let (without, none) = run(None, false, false);
+    assert_eq!(none, None);
+    for (looks, within) in [(0, 0..=5_000), (4, 20_000..=40_000), (10, 50_000..=90_000)] {
+        let (total, sign) = run(Some(looks), false, false);
+        let sign = sign.expect("a sign");
+        assert!(within.contains(&sign), "{looks}: {sign}");
+        assert_eq!(total, without + sign);
+    }
+    assert_eq!(run(Some(25), false, false), (without, None), "too late");
+    assert_eq!(run(Some(0), false, true), (without, None), "from a destination that doesn't tell");
+    assert_eq!(run(Some(0), true, false).1, None, "a paused guest gives none");
+}
+
+#[test]
+fn a_connection_that_breaks_before_the_first_sign_changes_nothing() {
+    let mut scenario = base(32);
+    let clean = run(&scenario, true);
+    let (total, sign) = told(&clean);
+    let records = records(&clean.sent[1]);
+    let (at, head) = *records.last().expect("records");
+    assert_eq!((head.kind, head.optional, sign.is_some()), (record::FIRST_SIGN, true, true));
+    for at in at..clean.sent[1].len() {
+        for kind in Kind::ALL {
+            scenario.fault = Some(Fault { sender: Side::Target, at: at as u64, kind });
+            let (broken, heard) = told(&run(&scenario, false));
+            let expected = if kind == Kind::Short { sign } else { None };
+            assert_eq!(heard, expected, "{kind:?} at {at}");
+            assert_eq!(broken - heard.unwrap_or(0), total - sign.unwrap_or(0));
+        }
+    }
 }
 
 #[test]

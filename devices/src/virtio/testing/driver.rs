@@ -11,6 +11,7 @@ use super::{CountingLine, DriverRing};
 use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
+use crate::sign::FirstSign;
 use crate::virtio::VirtioDevice;
 use crate::virtio::core::status;
 use crate::virtio::mmio::{VirtioMmio, register};
@@ -66,6 +67,8 @@ pub struct Driver {
     pub device: VirtioMmio,
     /// Its interrupt.
     pub line: Arc<CountingLine>,
+    /// Whether it was notified.
+    pub sign: Arc<FirstSign>,
     /// Its I/O thread.
     pub io: Arc<IoLoop>,
     /// The guest's memory.
@@ -77,9 +80,10 @@ impl Driver {
     pub fn at_rest(device: Box<dyn VirtioDevice>, ram: &GuestRam) -> Self {
         let (line, io) = (Arc::new(CountingLine::default()), IoLoop::new());
         let irq: Arc<dyn IrqLine> = line.clone();
-        let device = VirtioMmio::new(device, ram.clone(), irq, Box::new(Arc::clone(&io)))
+        let (sign, lender) = (Arc::new(FirstSign::default()), Box::new(Arc::clone(&io)));
+        let device = VirtioMmio::new(device, ram.clone(), irq, lender, Arc::clone(&sign))
             .expect("a device that can be");
-        Self { device, line, io, ram: ram.clone() }
+        Self { device, line, sign, io, ram: ram.clone() }
     }
 
     /// A device in a running machine.
