@@ -202,7 +202,7 @@ points! {
     reserve: RESERVE;
     example_section: SECTION;
     accepted: ACCEPTED;
-    first_pages: PAGES2;
+    first_pages: PAGES;
     round_end: ROUND_END;
     round_ack: ROUND_ACK;
     stop_and_copy: STOP_AND_COPY;

@@ -25,10 +25,13 @@ fn moved_over(hidden: u32) -> (Vec<u16>, Vec<u32>) {
     (relay.versions("serial"), pages.collect())
 }
 
+/// Pages go with the checksum that is faster on this processor: all of them.
 #[test]
 fn to_this_release() {
     if has_kvm() {
-        assert_eq!(moved_over(u32::MAX), (vec![2, 2], vec![record::PAGES2]));
+        let (serial, pages) = moved_over(u32::MAX);
+        assert_eq!(serial, [2, 2]);
+        assert!(pages == [record::PAGES] || pages == [record::PAGES2], "{pages:?}");
     }
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::plan::{MigrationId, Plan};
 use crate::state::Section;
-use crate::wire::{self, WireError, record};
+use crate::wire::{self, Algorithm, WireError, record};
 
 /// The oldest protocol this release speaks.
 pub const PROTOCOL_MIN: u16 = 1;
@@ -73,10 +73,13 @@ impl Reads {
         self.newest.iter().find(|(of, _)| of == kind).map_or(1, |(_, version)| *version)
     }
 
-    /// The type of record in which pages go there.
+    /// The type of record in which pages go there: with this checksum, where the destination reads it.
     #[must_use]
-    pub fn pages_record(&self) -> u32 {
-        if self.version(PAGES_KIND) < 2 { record::PAGES } else { record::PAGES2 }
+    pub fn pages_record(&self, checksum: Algorithm) -> u32 {
+        match checksum {
+            Algorithm::Xxh64 if self.version(PAGES_KIND) >= 2 => record::PAGES2,
+            Algorithm::Crc32 | Algorithm::Xxh64 => record::PAGES,
+        }
     }
 
     /// Whether the destination tells the guest's first sign.

@@ -17,6 +17,7 @@ use crate::pages::Run;
 use crate::plan::{MigrationId, Plan, SectionId};
 use crate::policy::Limits;
 use crate::report::{Observer, Outcome, Progress, Report, micros};
+use crate::wire::Algorithm;
 
 mod aborted;
 pub mod handover;
@@ -66,6 +67,8 @@ pub struct Options {
     pub limits: Limits,
     /// Bytes sent in a second at most.
     pub bandwidth: Option<u64>,
+    /// What the pages' checksum is taken with; CRC-32 in any case for a destination that reads no other.
+    pub pages_checksum: Algorithm,
     /// How long the peer may take.
     pub deadlines: Deadlines,
     /// Reserve, check and forecast; move nothing.

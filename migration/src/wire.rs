@@ -11,7 +11,7 @@ use crate::state::{SECTION_LEN_MAX, Section};
 
 mod checksum;
 
-pub use checksum::{Checksum, Digest};
+pub use checksum::{Algorithm, Checksum, Digest};
 
 /// The first eight bytes. The line ending finds a transport that mangles text.
 pub const MAGIC: [u8; 8] = *b"VMMOVE\r\n";

@@ -1,6 +1,8 @@
 //! Golden bytes and hostile input for the framing.
 
+use std::cell::Cell;
 use std::hash::Hasher;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use twox_hash::XxHash64;
@@ -74,6 +76,27 @@ fn pages2_is_frozen() {
     let sum = put_record(&mut out, record::PAGES2, b"abcd");
     assert_eq!(out, *b"\x1a\0\0\0\x04\0\0\0abcd\x43\xc9\x17\x05");
     assert_eq!(sum, u32::from_le_bytes(*out.last_chunk().unwrap()));
+}
+
+/// By a clock of which each second look is so much later: what is computed doesn't matter.
+#[test]
+fn the_fastest_is_the_one_of_the_best_turn() {
+    let fastest = |crc32: [u64; 4], xxh64: [u64; 4]| {
+        let steps: Vec<u64> = crc32.into_iter().chain(xxh64).flat_map(|us| [3, us]).collect();
+        let (looks, time) = (Cell::new(0), Cell::new(0));
+        let algorithm = Algorithm::fastest(|| {
+            time.set(time.get() + steps[looks.get()]);
+            looks.set(looks.get() + 1);
+            Duration::from_micros(time.get())
+        });
+        assert_eq!(looks.get(), steps.len());
+        algorithm
+    };
+    assert_eq!(fastest([2; 4], [1; 4]), Algorithm::Xxh64);
+    assert_eq!(fastest([1; 4], [2; 4]), Algorithm::Crc32);
+    assert_eq!(fastest([90, 80, 1, 70], [2; 4]), Algorithm::Crc32, "interrupted thrice");
+    assert_eq!(fastest([2; 4], [90, 80, 70, 1]), Algorithm::Xxh64, "interrupted thrice");
+    assert_eq!(fastest([0; 4], [0; 4]), Algorithm::Xxh64, "a clock too coarse to tell");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use vmm_migration::message::*;
 use vmm_migration::pages::Run;
 use vmm_migration::plan::*;
 use vmm_migration::state::Section;
-use vmm_migration::wire::{self, WireError, record};
+use vmm_migration::wire::{self, Algorithm, WireError, record};
 
 const GOLDEN: &str = include_str!("golden/messages.txt");
 const GOLDEN_PAGES: &str = include_str!("golden/pages.txt");
@@ -216,14 +216,17 @@ fn plans_are_lowered_to_what_the_destination_reads() {
 fn pages_go_as_the_destination_reads_them() {
     let goes = |newest: &[(&str, u16)]| {
         let newest = newest.iter().map(|(kind, version)| ((*kind).to_owned(), *version)).collect();
-        Reads { newest }.pages_record()
+        let reads = Reads { newest };
+        assert_eq!(reads.pages_record(Algorithm::Crc32), record::PAGES, "which any reads");
+        reads.pages_record(Algorithm::Xxh64)
     };
     assert_eq!(goes(&[]), record::PAGES, "it says nothing");
     assert_eq!(goes(&[("serial", 2)]), record::PAGES, "nothing of pages");
     assert_eq!(goes(&[("Pages", 1)]), record::PAGES);
     assert_eq!(goes(&[("serial", 2), ("Pages", 2)]), record::PAGES2);
     assert_eq!(goes(&[("Pages", 7)]), record::PAGES2, "the newest that we write");
-    assert_eq!(Reads::new(Vec::new()).pages_record(), record::PAGES2, "a destination like us");
+    let like_us = Reads::new(Vec::new()).pages_record(Algorithm::Xxh64);
+    assert_eq!(like_us, record::PAGES2, "a destination like us");
 }
 
 #[test]

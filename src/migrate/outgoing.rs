@@ -4,13 +4,14 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use vmm_migration::channel::{Channel, Flow};
+use vmm_migration::channel::{Channel, Clock, Flow, SystemClock};
 use vmm_migration::plan::MigrationId;
 use vmm_migration::policy::{self, Limits};
 use vmm_migration::report::{Forecast, Observer, Progress, Report};
 use vmm_migration::source::{
     self, Aborted, Commitment, Deadlines, Decision, InDoubt, Options, Place, Source,
 };
+use vmm_migration::wire::Algorithm;
 
 use super::leaving::{HaltedGuest, LiveGuest};
 use super::link;
@@ -122,11 +123,13 @@ fn options(request: &MigrateRequest) -> Result<Options, rustix::io::Errno> {
         timeout: Duration::from_millis(request.timeout_ms),
         on_timeout,
     };
+    let clock = SystemClock::default();
     Ok(Options {
         id: MigrationId(id),
         software: software(),
         limits,
         bandwidth: request.bandwidth_bits_per_s.map(|bits| bits / 8),
+        pages_checksum: Algorithm::fastest(|| clock.now()),
         deadlines: Deadlines::default(),
         dry_run: request.dry_run,
     })

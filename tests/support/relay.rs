@@ -22,7 +22,7 @@ pub const ANY: u32 = 0;
 /// any) has passed.
 #[derive(Clone, Copy, Debug)]
 pub struct Point {
-    /// The record's type.
+    /// The record's type. `Pages` is `Pages2` as well: a source takes either.
     pub kind: u32,
     /// Only after one of this type.
     pub after: Option<u32>,
@@ -172,7 +172,8 @@ fn pump(
                     None
                 }
                 Some(Trap { point: Point { kind: at, after: None, .. }, .. })
-                    if [ANY, kind].contains(at) =>
+                    if [ANY, kind].contains(at)
+                        || (*at, kind) == (record::PAGES, record::PAGES2) =>
                 {
                     watch.trap.take()
                 }

@@ -66,7 +66,7 @@ impl Sent {
 
 /// The buffer of one migration, about 1 MiB.
 pub(super) struct Sender {
-    /// The type of record that the destination reads.
+    /// The type of record that pages go in.
     kind: u32,
     builder: Builder,
     batch: Vec<Run>,
@@ -82,7 +82,7 @@ impl Sender {
         let pages = common.options.bandwidth.map_or(DATA_PAGES_MAX as u64, capped);
         let pages = usize::try_from(pages).unwrap_or(DATA_PAGES_MAX).clamp(16, DATA_PAGES_MAX);
         Self {
-            kind: common.reads.pages_record(),
+            kind: common.reads.pages_record(common.options.pages_checksum),
             builder: Builder::new(SPACE_RAM, pages),
             batch: Vec::new(),
             sent: Sent::default(),

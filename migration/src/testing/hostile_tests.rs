@@ -16,7 +16,7 @@ use crate::policy::Limits;
 use crate::report::Progress;
 use crate::source::{Commitment, Deadlines, Options};
 use crate::target::{self, Opening};
-use crate::wire::{self, HEAD_LEN, PREAMBLE_LEN, RecordHead};
+use crate::wire::{self, Algorithm, HEAD_LEN, PREAMBLE_LEN, RecordHead};
 
 /// Says its lines whatever it hears, then hangs up.
 struct Script(io::Cursor<Vec<u8>>);
@@ -148,6 +148,7 @@ fn source_hears(stream: Vec<u8>) -> &'static str {
         software: "test".into(),
         limits: Limits::default(),
         bandwidth: None,
+        pages_checksum: Algorithm::Xxh64,
         deadlines: Deadlines::default(),
         dry_run: false,
     };

@@ -19,6 +19,7 @@ use crate::policy::{Limits, OnTimeout};
 use crate::report::{Progress, Report};
 use crate::source::{Commitment, Deadlines, Decision, InDoubt, Options};
 use crate::target::{self, Opening, Verdict};
+use crate::wire::Algorithm;
 
 const ID: MigrationId = MigrationId([7; 16]);
 
@@ -43,9 +44,11 @@ pub struct Scenario {
     pub eager_locks: bool,
     /// What to do when the time is up.
     pub on_timeout: OnTimeout,
-    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, else in `Pages2`;
-    /// and no first sign is awaited from it.
+    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, and no first sign
+    /// is awaited from it.
     pub older_target: bool,
+    /// To one that does, pages go in `Pages` too, else in `Pages2`.
+    pub crc: bool,
     /// How long the link blocks at most, if not for its usual time.
     pub slice: Option<Duration>,
 }
@@ -179,6 +182,7 @@ fn source_options(scenario: &Scenario) -> Options {
             on_timeout: scenario.on_timeout,
         },
         bandwidth: Some(1_000_000),
+        pages_checksum: if scenario.crc { Algorithm::Crc32 } else { Algorithm::Xxh64 },
         deadlines: Deadlines {
             still: Duration::from_secs(5),
             reserve: Duration::from_secs(5),
