@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::io::initramfs;
 use crate::peer::{Guest, Peer, qemu};
-use crate::process::{Watched, free_port, until_listening};
+use crate::process::{ERRORS, Watched, free_port, until_listening};
 use crate::qmp::Qmp;
 use crate::table::{BySize, Goal, Row, Table};
 use crate::{Result, Settings};
@@ -22,6 +22,8 @@ const BEAT_MS: u32 = 5;
 pub const DIRTY_MIB: u32 = 64;
 /// How long a guest beats before it moves, and after.
 const SETTLE: Duration = Duration::from_secs(2);
+/// What a source may still say when a move has failed.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// What both may take when the guest dirties memory; QEMU's default.
 const DOWNTIME_LIMIT_MS: u32 = 300;
 
@@ -102,7 +104,11 @@ fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Resul
     until_listening(port)?;
     let told = match peer {
         Peer::Qemu => move_qemu(source_socket, &uri)?,
-        _ => move_vmm(source_socket, &uri, dirtying)?,
+        _ => move_vmm(source_socket, &uri, dirtying).inspect_err(|_| {
+            source.watch_for(LAST_WORDS);
+            eprintln!("bench: the source's console, and all standard error:\n{}", source.text());
+            eprintln!("{}", std::fs::read_to_string(ERRORS).unwrap_or_default());
+        })?,
     };
     target.wait_for("")?;
     target.watch_for(SETTLE);
