@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::io::initramfs;
 use crate::peer::{Guest, Peer, qemu};
-use crate::process::{ERRORS, Watched, free_port, until_listening};
+use crate::process::{Watched, free_port, until_listening};
 use crate::qmp::Qmp;
 use crate::table::{BySize, Goal, Row, Table};
 use crate::{Result, Settings};
@@ -106,8 +106,7 @@ fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Resul
         Peer::Qemu => move_qemu(source_socket, &uri)?,
         _ => move_vmm(source_socket, &uri, dirtying).inspect_err(|_| {
             source.watch_for(LAST_WORDS);
-            eprintln!("bench: the source's console, and all standard error:\n{}", source.text());
-            eprintln!("{}", std::fs::read_to_string(ERRORS).unwrap_or_default());
+            eprintln!("bench: the source's console:\n{}", source.text());
         })?,
     };
     target.wait_for("")?;
