@@ -21,7 +21,7 @@ use crate::state::Section;
 mod handover;
 mod receiver;
 
-pub use handover::{Activation, Committed, Farewell, Restored, Verdict};
+pub use handover::{Committed, Farewell, Restored, Verdict};
 pub use receiver::Copied;
 
 /// What the destination was started with.

@@ -257,6 +257,6 @@ fn receive(
     observer: &mut dyn Observer,
 ) -> Result<Arrival, Box<Ended>> {
     let target = target.reserve(host, observer)?.precopy(observer)?.stop_and_copy(observer)?;
-    let (arrived, farewell) = target.await_commit(observer)?.activate()?.into_parts();
+    let (arrived, farewell) = target.await_commit(observer)?.activate()?;
     Ok(Arrival::Taken(Box::new(arrived), farewell))
 }

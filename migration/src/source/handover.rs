@@ -187,9 +187,7 @@ impl Common {
             Err(error) => Answer::None(error),
         }
     }
-}
 
-impl Common {
     /// When the guest gave its first sign there, in microseconds after its activation. It is the destination's by now,
     /// which was told so: whatever comes here, or doesn't, changes nothing any more.
     fn first_sign(&mut self, observer: &mut dyn Observer) -> Option<u64> {

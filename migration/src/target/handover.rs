@@ -71,20 +71,6 @@ impl Verdict {
     }
 }
 
-/// The guest runs here.
-#[derive(Debug)]
-pub struct Activation<R> {
-    /// The guest.
-    pub running: R,
-    /// What to answer a source in doubt, while [`Farewell::source_knows`] is false.
-    pub verdict: Verdict,
-    /// What the source was told.
-    pub activated: Activated,
-    sign: Option<SignWatch>,
-    activated_at: Duration,
-    common: Box<Common>,
-}
-
 /// The destination's end after activation: whether the source has heard. It may go to another thread.
 #[derive(Debug)]
 pub struct Farewell {
@@ -121,15 +107,6 @@ impl Farewell {
             }
             self.common.channel.sleep(FIRST_SIGN_LOOK);
         }
-    }
-}
-
-impl<R> Activation<R> {
-    /// The guest, and what is left to do with the source.
-    #[must_use]
-    pub fn into_parts(self) -> (R, Farewell) {
-        let Self { running, verdict, activated: _, sign, activated_at, common } = self;
-        (running, Farewell { verdict, sign, activated_at, common })
     }
 }
 
@@ -180,12 +157,12 @@ impl Common {
 
 impl<V: Vacant> Target<Committed<V>> {
     /// Stage 5, activation: takes the disks, runs the guest, tells the source. That the source doesn't
-    /// hear it changes nothing.
+    /// hear it changes nothing. Gives the guest, and what is left to do with the source.
     ///
     /// # Errors
     /// The guest couldn't be activated; it is gone, and never ran. The source was told, so that it
     /// resumes its own.
-    pub fn activate(self) -> Result<Activation<V::Running>, Box<Ended>> {
+    pub fn activate(self) -> Result<(V::Running, Farewell), Box<Ended>> {
         let Target { mut common, stage: Committed { guest, paused, read_at } } = self;
         common.progress.stage = Stage::Activation;
         let Active { running, guest_stall_us, first_sign: sign } = match guest.activate(paused) {
@@ -200,6 +177,6 @@ impl<V: Vacant> Target<Committed<V>> {
         let activated = Activated { activate_us, guest_stall_us };
         let verdict = Verdict { id: common.id, answer: Ok(activated) };
         common.tell(&verdict.message());
-        Ok(Activation { running, verdict, activated, sign, activated_at, common })
+        Ok((running, Farewell { verdict, sign, activated_at, common }))
     }
 }

@@ -245,8 +245,7 @@ fn target_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> TargetEnd 
         .and_then(|target| target.await_commit(observer))
         .and_then(target::Target::activate);
     match ended {
-        Ok(activation) => {
-            let (_, mut farewell) = activation.into_parts();
+        Ok((_, mut farewell)) => {
             if farewell.source_knows() {
                 farewell.tell_first_sign();
             }

@@ -49,7 +49,7 @@ fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
     while let Some((head, _)) = sent[at..].split_first_chunk::<HEAD_LEN>() {
         let head = RecordHead::decode(*head).expect("a record");
         found.push((at, head));
-        at += HEAD_LEN + head.body_len() + 4;
+        at += HEAD_LEN + head.body_len() + SUM_LEN;
     }
     assert_eq!(at, sent.len(), "whole records");
     found
@@ -59,12 +59,12 @@ fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
 fn places(sent: &[u8]) -> Vec<u64> {
     let mut places: Vec<usize> = (0..PREAMBLE_LEN).collect();
     for (at, head) in records(sent) {
-        let len = HEAD_LEN + head.body_len() + 4;
+        let len = HEAD_LEN + head.body_len() + SUM_LEN;
         match head.kind {
             record::PAGES | record::PAGES2 => {
                 places.extend((at..at + 80).step_by(3));
-                places.extend((at + 80..at + len - 4).step_by(4099));
-                places.extend(at + len - 4..at + len);
+                places.extend((at + 80..at + len - SUM_LEN).step_by(4099));
+                places.extend(at + len - SUM_LEN..at + len);
             }
             _ => places.extend(at..at + len),
         }

@@ -79,7 +79,8 @@ impl Checksum {
         match self.0 {
             Taking::Crc32(crc) => crc.finalize(),
             Taking::Xxh64(hash) => {
-                u32::try_from(hash.finish() & u64::from(u32::MAX)).expect("the low 32 bits")
+                let [a, b, c, d, ..] = hash.finish().to_le_bytes();
+                u32::from_le_bytes([a, b, c, d])
             }
         }
     }
