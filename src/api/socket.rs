@@ -1,9 +1,11 @@
 //! Where control sockets live: paths by name, a dead VM's socket replaced, a live VM's respected,
 //! the socket removed at the end.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -97,6 +99,16 @@ pub fn directory() -> Result<PathBuf, SocketError> {
 /// As [`directory`].
 pub fn path_of(name: &str) -> Result<PathBuf, SocketError> {
     Ok(directory()?.join(format!("{name}.sock")))
+}
+
+/// The socket of a VM's console beside its control socket: `NAME.tty` for `NAME.sock`.
+#[must_use]
+pub fn console_beside(control: &Path) -> PathBuf {
+    let end = control.extension().filter(|end| *end == "sock").map_or(0, |_| ".sock".len());
+    let bytes = control.as_os_str().as_bytes();
+    let mut path = OsStr::from_bytes(&bytes[..bytes.len() - end]).to_owned();
+    path.push(".tty");
+    path.into()
 }
 
 /// The socket that a user means by `VM`: a path if it holds a `/`, else a name.

@@ -126,3 +126,16 @@ fn unnamed_dead_sockets_are_swept_and_others_kept() {
     }
     drop(live);
 }
+
+#[test]
+fn a_console_stands_beside_the_control_socket() {
+    for (control, console) in [
+        ("/run/vmm/web.sock", "/run/vmm/web.tty"),
+        ("/run/vmm/web.1.sock", "/run/vmm/web.1.tty"),
+        ("/run/vmm/web", "/run/vmm/web.tty"),
+        ("/run/vmm/web.tty", "/run/vmm/web.tty.tty"),
+        ("/run/x.sock/web", "/run/x.sock/web.tty"),
+    ] {
+        assert_eq!(console_beside(Path::new(control)), Path::new(console));
+    }
+}

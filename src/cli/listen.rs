@@ -11,6 +11,7 @@ use vmm_migration::report::Progress;
 use super::Outcome;
 use super::progress::Display;
 use super::run::{self, CONSOLE_FLUSH_TIMEOUT};
+use crate::config::{Config, SerialTarget};
 use crate::control;
 use crate::event::{ApiError, Event, Reply, Request};
 use crate::log;
@@ -85,7 +86,7 @@ pub fn run(args: ListenArgs) -> Outcome {
                     let _ = events.send(event);
                 }
                 if !json {
-                    log::print(&format!("{} is here", arrived.vm.config().name));
+                    log::print(&here(arrived.vm.config()));
                 }
                 return live(*arrived, &events, inbox);
             }
@@ -108,6 +109,16 @@ pub fn run(args: ListenArgs) -> Outcome {
     match failure {
         Some(why) => Err(ListenError::Failed(why).into()),
         None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The word that a guest has come, and where its console is if that is to be connected to.
+fn here(config: &Config) -> String {
+    match &config.serial {
+        SerialTarget::Unix(path) => {
+            format!("{} is here, its console at unix:{}", config.name, path.display())
+        }
+        _ => format!("{} is here", config.name),
     }
 }
 

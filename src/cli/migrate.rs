@@ -17,6 +17,7 @@ use super::units::{parse_bit_rate, parse_duration_ms};
 use super::{Error, Outcome, print, print_json, progress};
 use crate::api::client::{Client, ClientError};
 use crate::api::socket;
+use crate::config::SerialTarget;
 use crate::event::{
     DOWNTIME_LIMIT_MS_DEFAULT, MigrateRequest, OnTimeout, Request, Resolution, TIMEOUT_MS_DEFAULT,
 };
@@ -35,7 +36,7 @@ and goes on at the destination, with its connections, time and data. URI is tcp:
 IPv6), unix:PATH, stdio (--listen only), or exec:COMMAND (--connect only), which carries the stream through
 the command's standard input and output:
 
-    vmm migrate --connect 'exec:ssh there vmm migrate --listen stdio --serial null' web
+    vmm migrate --connect 'exec:ssh there vmm migrate --listen stdio' web
 
 with --connect:
   --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 50ms)
@@ -50,7 +51,8 @@ with --listen:
   --name NAME             the VM's name here (default: as at the source)
   --control PATH          its control socket
   --serial TARGET         its console: stdio (default), null, file:PATH, unix:PATH; {name} in a path
-                          stands for the VM's name
+                          stands for the VM's name. With --listen stdio, which has the stream there,
+                          the default is a socket beside the control socket: NAME.tty
   --disk id=ID,path=PATH  where the disk ID is on this host, if not at the source's path; repeatable
   --net id=ID,tap=NAME    the TAP of interface ID on this host, if not the source's; repeatable
   --once                  take one VM and stay with it until it ends (default)
@@ -220,7 +222,14 @@ impl Raw {
             return Err(usage(format!("unexpected '{vm}': --listen takes options only")));
         }
         if !self.keep {
-            let overrides = self.here.overrides()?;
+            let mut overrides = self.here.overrides()?;
+            overrides.stdio_taken = uri == Uri::Stdio;
+            if overrides.stdio_taken && overrides.serial == Some(SerialTarget::Stdio) {
+                return Err(usage(
+                    "--serial stdio: standard input and output carry the stream with --listen stdio: \
+                     take null, file: or unix:",
+                ));
+            }
             return Ok(listen::run(ListenArgs { uri, overrides, json: self.json }));
         }
         if self.once {

@@ -45,6 +45,8 @@ pub struct Overrides {
     pub nets: Vec<(String, String)>,
     /// The serial console here; standard input and output by default.
     pub serial: Option<SerialTarget>,
+    /// Standard input and output carry the stream: by default the console is a socket beside the control socket.
+    pub stdio_taken: bool,
 }
 
 /// This host, which takes one guest.
@@ -115,12 +117,22 @@ impl Destination {
     pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
         let mut config: Config = serde_json::from_slice(&plan.config)
             .map_err(|e| vec![format!("the guest's configuration can't be read: {e}")])?;
-        let Overrides { name, control: _, disks, nets, serial } = &self.overrides;
+        let Overrides { name, control: _, disks, nets, serial, stdio_taken } = &self.overrides;
         if let Some(name) = name {
             config.name.clone_from(name);
         }
-        config.serial = serial.clone().unwrap_or(SerialTarget::Stdio).of_vm(&config.name);
         let mut reasons = Vec::new();
+        config.serial = match serial {
+            Some(serial) => serial.clone().of_vm(&config.name),
+            None if *stdio_taken => {
+                let beside = self.socket_path(&config).map(|path| socket::console_beside(&path));
+                beside.map(SerialTarget::Unix).unwrap_or_else(|e| {
+                    reasons.push(chain(&e));
+                    SerialTarget::Null
+                })
+            }
+            None => SerialTarget::Stdio,
+        };
         for (id, path) in disks {
             match config.disks.iter_mut().find(|disk| disk.id == *id) {
                 Some(disk) => disk.path.clone_from(path),
@@ -137,12 +149,15 @@ impl Destination {
         if reasons.is_empty() { Ok(config) } else { Err(reasons) }
     }
 
+    fn socket_path(&self, config: &Config) -> Result<PathBuf, SocketError> {
+        match &self.overrides.control {
+            Some(path) => Ok(path.clone()),
+            None => socket::path_of(&config.name),
+        }
+    }
+
     pub(super) fn socket(&self, config: &Config) -> Result<ControlSocket, SocketError> {
-        let path = match &self.overrides.control {
-            Some(path) => path.clone(),
-            None => socket::path_of(&config.name)?,
-        };
-        ControlSocket::bind(&path)
+        ControlSocket::bind(&self.socket_path(config)?)
     }
 }
 
