@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::guests::Guest;
-use support::moves::{EASY, until};
+use support::moves::{EASY, check_last_line, until};
 use support::vm::{LONG, Place, Vm, binary, has_kvm};
 
 /// A directory for `PATH`, with `vmm` and a stand-in for ssh that runs its command here, as a shell there would.
@@ -72,6 +72,43 @@ fn the_literal_command_over_ssh() {
 
 fn parent(path: &Path) -> String {
     path.parent().unwrap().display().to_string()
+}
+
+#[test]
+fn only_listed_disks_are_opened() {
+    if !has_kvm() {
+        return;
+    }
+    let place = Place::new();
+    let paths = ["root", "data"].map(|id| {
+        let path = place.path(id);
+        std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+        path.display().to_string()
+    });
+    let [root, data] = &paths;
+    let (root, data) = (format!("{root},id=root"), format!("{data},id=data"));
+    let options = ["--disk", &root, "--disk", &data];
+    let mut source = Vm::start(Guest::counter(), &options);
+    source.wait_until_up();
+    let listed = |id: &str| format!("id={id},path={}", place.path(id).display());
+    let turned_away = |listed: &[&str], words: &[&str]| {
+        let (mut destination, uri) = Vm::listen(&[&["--only-listed"], listed].concat());
+        source.try_move(&uri, &EASY).check_failed(words);
+        let (status, err) = destination.wait();
+        assert_eq!(status, Some(1), "{err}");
+        check_last_line(&err, words);
+    };
+    turned_away(&[], &["disk root is not listed here", "disk data is not listed here"]);
+    turned_away(&["--disk", &listed("root")], &["--disk id=data,path=PATH"]);
+    let (destination, uri) =
+        Vm::listen(&["--only-listed", "--disk", &listed("root"), "--disk", &listed("data")]);
+    source.move_to(&uri, &EASY);
+    assert_eq!(destination.info()["state"], "running");
+    // One that can boot again would read its kernel here.
+    let other = Vm::start(Guest::counter(), &["--on-reboot", "reset"]);
+    other.wait_until_up();
+    let (_refusing, uri) = Vm::listen(&["--only-listed"]);
+    other.try_move(&uri, &EASY).check_failed(&["its kernel's files", "--only-listed"]);
 }
 
 #[test]

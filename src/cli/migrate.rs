@@ -55,6 +55,8 @@ with --listen:
                           the default is a socket beside the control socket: NAME.tty
   --disk id=ID,path=PATH  where the disk ID is on this host, if not at the source's path; repeatable
   --net id=ID,tap=NAME    the TAP of interface ID on this host, if not the source's; repeatable
+  --only-listed           take only a VM each of whose disks and TAPs is listed with --disk or --net: no
+                          path or name of the source's is opened; none with --on-reboot reset
   --once                  take one VM and stay with it until it ends (default)
   --keep                  take VM after VM, each into a process of its own, until Ctrl-C, which they
                           survive; --serial is null then, or a path with {name}
@@ -86,6 +88,7 @@ struct Raw {
     json: bool,
     once: bool,
     keep: bool,
+    only_listed: bool,
     here: Here,
     vm: Option<String>,
     /// Options seen that belong to one side only.
@@ -119,7 +122,7 @@ impl Raw {
             "downtime-limit" | "timeout" | "on-timeout" | "bandwidth" | "dry-run" => {
                 self.connect_only = Some(name.to_owned());
             }
-            "name" | "control" | "serial" | "disk" | "net" | "once" | "keep" => {
+            "name" | "control" | "serial" | "disk" | "net" | "once" | "keep" | "only-listed" => {
                 self.listen_only = Some(name.to_owned());
             }
             _ => {}
@@ -137,6 +140,7 @@ impl Raw {
             "json" => self.json = true,
             "once" => self.once = true,
             "keep" => self.keep = true,
+            "only-listed" => self.only_listed = true,
             _ if self.here.option(args, name)? => {}
             _ => return Err(args.unknown(name)),
         }
@@ -224,6 +228,7 @@ impl Raw {
         if !self.keep {
             let mut overrides = self.here.overrides()?;
             overrides.stdio_taken = uri == Uri::Stdio;
+            overrides.only_listed = self.only_listed;
             if overrides.stdio_taken && overrides.serial == Some(SerialTarget::Stdio) {
                 return Err(usage(
                     "--serial stdio: standard input and output carry the stream with --listen stdio: \
@@ -239,9 +244,9 @@ impl Raw {
             return Err(usage("--keep: stdio is a single connection: listen on tcp: or unix:"));
         }
         let mut options = self.here.for_each_guest()?;
-        if self.json {
-            options.push("--json".to_owned());
-        }
+        let flags = [("--json", self.json), ("--only-listed", self.only_listed)];
+        options
+            .extend(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| (*flag).to_owned()));
         Ok(keep::run(&KeepArgs { uri, options }))
     }
 }

@@ -21,7 +21,7 @@ use crate::arch::clock::Downtime;
 use crate::backend::disk::{DiskError, Locking};
 use crate::backend::tap::TapHandle;
 use crate::chain::chain;
-use crate::config::{Config, SerialTarget};
+use crate::config::{Config, OnReboot, SerialTarget};
 use crate::console::Console;
 use crate::event::Event;
 use crate::machine::{Machine, Origin};
@@ -47,6 +47,8 @@ pub struct Overrides {
     pub serial: Option<SerialTarget>,
     /// Standard input and output carry the stream: by default the console is a socket beside the control socket.
     pub stdio_taken: bool,
+    /// Only the disks and TAPs listed above may be opened: the source's word on paths and names is not taken.
+    pub only_listed: bool,
 }
 
 /// This host, which takes one guest.
@@ -117,7 +119,8 @@ impl Destination {
     pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
         let mut config: Config = serde_json::from_slice(&plan.config)
             .map_err(|e| vec![format!("the guest's configuration can't be read: {e}")])?;
-        let Overrides { name, control: _, disks, nets, serial, stdio_taken } = &self.overrides;
+        let Overrides { name, control: _, disks, nets, serial, stdio_taken, only_listed } =
+            &self.overrides;
         if let Some(name) = name {
             config.name.clone_from(name);
         }
@@ -145,8 +148,36 @@ impl Destination {
                 None => reasons.push(format!("--net id={id}: the guest has no such interface")),
             }
         }
+        if *only_listed {
+            reasons.extend(self.unlisted(&config));
+        }
         reasons.extend(config.validate().err().map(|e| e.to_string()));
         if reasons.is_empty() { Ok(config) } else { Err(reasons) }
+    }
+
+    /// What of a guest's files and TAPs isn't listed here. Its kernel's files never are: it can't boot again.
+    fn unlisted(&self, config: &Config) -> Vec<String> {
+        let Overrides { disks, nets, .. } = &self.overrides;
+        let listed_disk = |id: &String| disks.iter().any(|(listed, _)| listed == id);
+        let listed_net = |id: &String| nets.iter().any(|(listed, _)| listed == id);
+        let unlisted = |option: &str, id: &str, value: &str| {
+            format!(
+                "{option} {id} is not listed here (--only-listed): list it with --{option} id={id},{value}"
+            )
+        };
+        let disks = config.disks.iter().filter(|disk| !listed_disk(&disk.id));
+        let nets = config.nets.iter().filter(|net| !listed_net(&net.id));
+        let mut reasons: Vec<_> =
+            disks.map(|disk| unlisted("disk", &disk.id, "path=PATH")).collect();
+        reasons.extend(nets.map(|net| unlisted("net", &net.id, "tap=NAME")));
+        if config.on_reboot == OnReboot::Reset {
+            reasons.push(
+                "the guest's reboot would read its kernel's files here (--on-reboot reset), which no \
+                 option lists (--only-listed)"
+                    .to_owned(),
+            );
+        }
+        reasons
     }
 
     fn socket_path(&self, config: &Config) -> Result<PathBuf, SocketError> {
