@@ -10,6 +10,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod dirty;
+pub mod doubt;
 pub mod event;
 pub mod io_thread;
 pub mod irq;

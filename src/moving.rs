@@ -2,24 +2,19 @@
 //! its clients.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::Receiver;
 
 use serde_json::json;
 use vmm_migration::report::Report;
-use vmm_migration::source::Decision;
 
 use crate::background;
-use crate::config::Config;
-use crate::event::{ApiError, Event, MigrateRequest, Reply, Request, Resolution, SnapshotRequest};
-use crate::migrate::outgoing::{self, Departure, Pending};
+use crate::doubt::{Doubt, Ended};
+use crate::event::{ApiError, Event, MigrateRequest, Reply, SnapshotRequest};
+use crate::migrate::outgoing::{self, Departure};
 use crate::migrate::snapshotting;
 use crate::migrate::uri::Uri;
 use crate::vm::Vm;
 use crate::watch::{Errand, Watch};
-
-/// How often a source in doubt tries to find out.
-const RETRY_PERIOD: Duration = Duration::from_secs(2);
 
 /// How the VM's migration ended for this process.
 pub enum Moved {
@@ -41,7 +36,7 @@ pub struct Mover<'a> {
 
 impl Mover<'_> {
     /// Migrates, and answers `reply` at the end.
-    pub fn migrate(mut self, vm: Vm, request: &MigrateRequest, reply: Reply) -> Moved {
+    pub fn migrate(self, vm: Vm, request: &MigrateRequest, reply: Reply) -> Moved {
         let config = vm.config().clone();
         let mut watch =
             Watch::new(Errand::Migration, self.inbox, self.deferred, &config, Some(&reply));
@@ -49,28 +44,19 @@ impl Mover<'_> {
         if let Departure::Stayed { outcome: Err((why, _)), .. } = &mut departure {
             *why = watch.explain(std::mem::take(why));
         }
-        if let Departure::Pending(pending) = &departure {
-            tracing::error!("{}", pending.explain());
-            reply.progress(json!({ "stage": "in-doubt", "message": pending.explain() }));
+        let pending = match departure {
+            Departure::Pending(pending) => pending,
+            settled => return finish(settled, &request.uri, reply),
+        };
+        tracing::error!("{}", pending.explain());
+        reply.progress(json!({ "stage": "in-doubt", "message": pending.explain() }));
+        match Doubt::new(self.inbox, self.deferred, &config).settle(pending, &request.uri) {
+            Ok(departure) => finish(departure, &request.uri, reply),
+            Err(Ended { why, known }) => {
+                reply.done(Err(ApiError::internal(known)));
+                Moved::Ended(why)
+            }
         }
-        while let Departure::Pending(pending) = departure {
-            departure = match self.wait(&config, &pending) {
-                Word::Retry => {
-                    let (inbox, deferred) = (self.inbox, &mut *self.deferred);
-                    let mut watch = Watch::new(Errand::Migration, inbox, deferred, &config, None);
-                    pending.retry(&request.uri, &mut watch)
-                }
-                Word::Decided(decision, operator) => {
-                    operator.done(Ok(json!({})));
-                    pending.decide(decision)
-                }
-                Word::End(why) => {
-                    reply.done(Err(ApiError::internal(pending.explain())));
-                    return Moved::Ended(why);
-                }
-            };
-        }
-        finish(departure, &request.uri, reply)
     }
 
     /// Writes a snapshot, and answers `reply` at the end. The VM goes on as it was.
@@ -83,47 +69,6 @@ impl Mover<'_> {
         reply.done(result);
         vm
     }
-
-    /// Waits a while, or until the operator decides.
-    fn wait(&mut self, config: &Config, pending: &Pending) -> Word {
-        let until = Instant::now() + RETRY_PERIOD;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(left) {
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    return Word::Retry;
-                }
-                Ok(Event::Signal(signal)) => return Word::End(format!("ended by signal {signal}")),
-                Ok(Event::ConsoleQuit) => return Word::End("ended from the console".to_owned()),
-                Ok(Event::Request { request, reply }) => match request {
-                    Request::Info => {
-                        let mut info = Vm::describe(config, "in-doubt");
-                        info["message"] = json!(pending.explain());
-                        reply.done(Ok(info));
-                    }
-                    Request::Resolve(Resolution::Resume) => {
-                        return Word::Decided(Decision::Resume, reply);
-                    }
-                    Request::Resolve(Resolution::Discard) => {
-                        return Word::Decided(Decision::Discard, reply);
-                    }
-                    Request::Stop { force: true } => {
-                        reply.done(Ok(json!({ "ended": "forced" })));
-                        return Word::End("stopped by force".to_owned());
-                    }
-                    _ => reply.done(Err(ApiError::conflict(pending.explain()))),
-                },
-                // The guest stands: these are of its last moments, and matter if it goes on.
-                Ok(other) => self.deferred.push_back(other),
-            }
-        }
-    }
-}
-
-enum Word {
-    Retry,
-    Decided(Decision, Reply),
-    End(String),
 }
 
 fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use vmm_migration::channel::{Channel, Clock, Flow, SystemClock};
 use vmm_migration::chunk::Builder;
 use vmm_migration::guest::{
-    Active, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved, Vacant,
+    Active, Changes, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved,
+    Vacant,
 };
 use vmm_migration::message::Reads;
 use vmm_migration::pages::{PAGE_SIZE, PageSet, Run};
@@ -114,11 +115,9 @@ impl Halted for Still {
         Ok(())
     }
 
-    fn retake_disks(&mut self) -> Result<Locks, GuestError> {
+    fn retake_disks(&mut self, _changes: Changes) -> Result<Locks, GuestError> {
         Ok(Locks::Taken)
     }
-
-    fn trust_disks(&mut self) {}
 
     fn resume(self) -> Result<Still, Failed<Self>> {
         Ok(self)

@@ -146,6 +146,16 @@ pub enum Locks {
     Changed,
 }
 
+/// What it means, when disk locks are taken back, that a disk has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changes {
+    /// Another copy ran.
+    Matter,
+    /// Nothing: the operator says that whatever changed it runs no more. Locks that somebody holds are respected all the
+    /// same.
+    Trusted,
+}
+
 /// The source's guest, stopped and whole. Dropping it ends it.
 pub trait Halted: Memory + Sized {
     /// The same guest, running.
@@ -168,15 +178,12 @@ pub trait Halted: Memory + Sized {
     fn release_disks(&mut self) -> Result<(), GuestError>;
 
     /// Tries to take the disk locks back and looks whether the disks have changed since
-    /// [`Halted::release_disks`]. Without a writable disk: [`Locks::Taken`].
+    /// [`Halted::release_disks`], unless changes are [`Changes::Trusted`]: then too it remembers for the next try what they
+    /// looked like. Without a writable disk: [`Locks::Taken`].
     ///
     /// # Errors
     /// It can't be told.
-    fn retake_disks(&mut self) -> Result<Locks, GuestError>;
-
-    /// Forgets what the disks looked like: the operator says that whatever changed them runs no more. Locks
-    /// that somebody holds are respected all the same.
-    fn trust_disks(&mut self);
+    fn retake_disks(&mut self, changes: Changes) -> Result<Locks, GuestError>;
 
     /// Lets the guest go on as if nothing had been: paused if its user had paused it, without
     /// tracking, without throttle. Its locks are held ([`Halted::retake_disks`] came before, unless

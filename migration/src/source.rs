@@ -5,13 +5,13 @@
 //! back. [`migrate`] walks all of them.
 //!
 //! Invariant: the guest may go on at the source iff no byte of `Commit` was written, or the
-//! destination said `NeverActivated`, or the disks' locks prove it (see [`handover`]).
+//! destination said `NeverActivated`, or the disks' locks prove it (see [`doubt`]).
 
 use std::time::Duration;
 
 use crate::channel::{Channel, ChannelError, Flow, Wait};
 use crate::error::MigrateError;
-use crate::guest::Live;
+use crate::guest::{Changes, Live};
 use crate::message::{Message, Reads, Reasons};
 use crate::pages::Run;
 use crate::plan::{MigrationId, Plan, SectionId};
@@ -20,13 +20,15 @@ use crate::report::{Observer, Outcome, Progress, Report, micros};
 use crate::wire::Algorithm;
 
 mod aborted;
+pub mod doubt;
 pub mod handover;
 mod precopy;
 mod reservation;
 mod sender;
 
 pub use aborted::{Aborted, Place, Stayed};
-pub use handover::{Commitment, Decision, InDoubt, Moved, Stopped};
+pub use doubt::{Decision, InDoubt};
+pub use handover::{Commitment, Moved, Stopped};
 pub use precopy::Copied;
 pub use sender::WINDOW_PAGES;
 
@@ -213,7 +215,7 @@ impl Common {
         guest.stop_tracking();
         self.cancel(&error);
         let report = self.report(Outcome::NotMoved);
-        Box::new(Aborted { guest: Place::Live(guest), error, report })
+        Box::new(Aborted { guest: Place::Live(guest), error, report, changes: Changes::Matter })
     }
 }
 

@@ -75,6 +75,8 @@ struct State {
     changed: bool,
     /// The guest has run at the target.
     ran: bool,
+    /// The source goes by the operator's word that no other copy runs, whatever the disks look like.
+    trusting: bool,
 }
 
 /// A rule broken on purpose.
@@ -87,6 +89,7 @@ enum Mutation {
     TargetRunsBeforeItHasTheLocks,
     SourceIgnoresNeverActivated,
     SourceMayNotTryTheLocks,
+    SourceKeepsAWordThatALockRefuted,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +107,7 @@ impl State {
         lock: Holder::Nobody,
         changed: false,
         ran: false,
+        trusting: false,
     };
 
     fn has(self, message: Message) -> bool {
@@ -155,7 +159,7 @@ impl Model {
 
     /// What the source may do with the locks: nothing stands in its way where they aren't shared.
     fn source_locks(self, state: State) -> Option<State> {
-        match (self.locks_seen, state.lock, state.changed) {
+        match (self.locks_seen, state.lock, state.changed && !state.trusting) {
             (false, ..) => Some(state),
             (true, Holder::Nobody, false) => Some(State { lock: Holder::Source, ..state }),
             (true, ..) => None,
@@ -185,6 +189,13 @@ impl Model {
                 next.push(state.send(Message::Resolve));
                 if self.locks_seen && !self.is(Mutation::SourceMayNotTryTheLocks) {
                     next.extend(self.source_locks(state).map(|s| s.source(Source::Running)));
+                }
+                // The operator errs: the guest runs at the target, whose lock refutes that.
+                if self.locks_seen && state.target == Target::Running {
+                    let trusting = self.is(Mutation::SourceKeepsAWordThatALockRefuted);
+                    let now = self.source_locks(State { trusting: true, ..state });
+                    next.extend(now.map(|s| s.source(Source::Running)));
+                    next.push(State { trusting, ..state });
                 }
                 if self.is(Mutation::SourceResumesAfterCommitWithoutAnAnswer) {
                     next.push(state.source(Source::Resuming));
@@ -377,4 +388,10 @@ fn a_source_that_waits_for_ever_is_noticed() {
 fn a_source_that_never_tries_the_locks_is_noticed() {
     let found = breach(Mutation::SourceMayNotTryTheLocks, true);
     assert!(found.starts_with("nobody runs"), "{found}");
+}
+
+#[test]
+fn a_word_that_outlives_its_refutation_is_noticed() {
+    let found = breach(Mutation::SourceKeepsAWordThatALockRefuted, true);
+    assert!(found.starts_with("the source runs though the target ran"), "{found}");
 }

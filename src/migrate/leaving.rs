@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use vmm_migration::guest::{Example, Failed, GuestError, Halted, Live, Locks, Memory};
+use vmm_migration::guest::{Changes, Example, Failed, GuestError, Halted, Live, Locks, Memory};
 use vmm_migration::pages::{PageSet, Run};
 use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
 use vmm_migration::report::micros;
@@ -191,7 +191,7 @@ impl Halted for HaltedGuest {
         Ok(())
     }
 
-    fn retake_disks(&mut self) -> Result<Locks, GuestError> {
+    fn retake_disks(&mut self, changes: Changes) -> Result<Locks, GuestError> {
         let disks = &self.machine.core.platform.disks;
         let release = || {
             for disk in disks {
@@ -204,7 +204,8 @@ impl Halted for HaltedGuest {
                 release();
                 return Ok(Locks::Held);
             }
-            if let Some(Some(before)) = self.released.get(i)
+            if changes == Changes::Matter
+                && let Some(Some(before)) = self.released.get(i)
                 && disk.fingerprint()? != *before
             {
                 release();
@@ -212,10 +213,6 @@ impl Halted for HaltedGuest {
             }
         }
         Ok(Locks::Taken)
-    }
-
-    fn trust_disks(&mut self) {
-        self.released.clear();
     }
 
     fn resume(self) -> Result<LiveGuest, Failed<Self>> {

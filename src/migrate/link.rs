@@ -8,11 +8,15 @@ use std::io::{self, IoSlice, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use vmm_migration::channel::{Channel, SystemClock, Transport};
 
 use super::uri::Uri;
@@ -73,7 +77,10 @@ pub fn connect(uri: &Uri) -> Result<Channel, LinkError> {
             let stream = connect_tcp(host, *port).map_err(fail)?;
             tcp(stream).map_err(LinkError::SetUp)
         }
-        Uri::Unix(path) => unix(UnixStream::connect(path).map_err(fail)?).map_err(LinkError::SetUp),
+        Uri::Unix(path) => {
+            let stream = connect_unix(path).map_err(fail)?;
+            unix(stream).map_err(LinkError::SetUp)
+        }
         Uri::Exec(command) => spawn(command).map_err(fail),
         Uri::Stdio => Err(LinkError::Unfit {
             uri: uri.clone(),
@@ -94,6 +101,19 @@ fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
         }
     }
     Err(last)
+}
+
+/// Where a listener's backlog is full, as one's is that was stopped, the kernel waits for as long as a write may take.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_TIMEOUT))?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        Err(Errno::AGAIN) => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, "it accepts no connection"))
+        }
+        connected => Ok(connected.map(|()| socket.into())?),
+    }
 }
 
 fn channel(io: impl Transport + 'static) -> Channel {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use vmm_migration::channel::{Channel, Clock, Flow, SystemClock};
 use vmm_migration::plan::MigrationId;
 use vmm_migration::policy::{self, Limits};
-use vmm_migration::report::{Forecast, Observer, Progress, Report};
+use vmm_migration::report::{Forecast, Observer, Progress, Report, Stage};
 use vmm_migration::source::{
     self, Aborted, Commitment, Deadlines, Decision, InDoubt, Options, Place, Source,
 };
@@ -160,19 +160,24 @@ fn resume(aborted: Aborted<LiveGuest>) -> Departure {
 }
 
 impl Pending {
-    /// Tries to find out: asks the destination, then the disks' locks; or tries to go on.
+    /// Tries to find out: asks the destination, then the disks' locks; or tries to go on. An observer that cancels has
+    /// better to do.
     #[must_use]
     pub fn retry(self, uri: &Uri, observer: &mut dyn Observer) -> Departure {
         match self {
             Self::Stuck(aborted, _) => resume(*aborted),
             Self::InDoubt(mut doubt) => {
-                if let Ok(channel) = link::connect(uri) {
+                if let Ok(channel) = connect(uri, observer) {
                     match doubt.ask(channel, observer) {
                         Commitment::InDoubt(still) => doubt = still,
                         known => return settle(known),
                     }
                 }
-                settle(doubt.try_locks())
+                let progress = Progress { stage: Stage::Commitment, ..Progress::default() };
+                match observer.observe(&progress) {
+                    Flow::Continue => settle(doubt.try_locks()),
+                    Flow::Cancel => Departure::Pending(Self::InDoubt(doubt)),
+                }
             }
         }
     }
@@ -186,19 +191,10 @@ impl Pending {
                 aborted.trust_disks();
                 resume(*aborted)
             }
-            (Self::Stuck(aborted, why), Decision::Discard) => {
-                let Aborted { guest, error, report } = *aborted;
-                match guest {
-                    Place::Halted { guest, .. } => {
-                        Departure::Moved { left: Box::new(guest), report }
-                    }
-                    // A guest that never stopped is not stuck.
-                    guest @ Place::Live(_) => {
-                        let aborted = Aborted { guest, error, report };
-                        Departure::Pending(Self::Stuck(Box::new(aborted), why))
-                    }
-                }
-            }
+            (Self::Stuck(aborted, why), Decision::Discard) => match aborted.discard() {
+                Ok(moved) => Departure::Moved { left: Box::new(moved.guest), report: moved.report },
+                Err(aborted) => Departure::Pending(Self::Stuck(aborted, why)),
+            },
         }
     }
 
@@ -209,10 +205,14 @@ impl Pending {
             Self::InDoubt(doubt) => format!(
                 "in doubt: the destination was told to run the guest (migration {}) and has not \
                  answered ({}); the guest stands here until it does{}. If you know better: vmm migrate \
-                 --resolve resume|discard VM",
+                 --resolve resume|discard VM{}",
                 doubt.id(),
                 doubt.error.line(),
-                if doubt.locks_can_tell() { " or its disks' locks are free" } else { "" }
+                if doubt.locks_can_tell() { " or its disks' locks are free" } else { "" },
+                match &doubt.refused {
+                    Some(why) => format!(". Told to resume it, it could not: {}", chain(why)),
+                    None => String::new(),
+                }
             ),
             Self::Stuck(_, why) => format!(
                 "the guest is here and can't go on yet: {why}. vmm migrate --resolve resume|discard VM"

@@ -107,7 +107,8 @@ impl Relay {
         format!("unix:{}", self.path().display())
     }
 
-    fn path(&self) -> PathBuf {
+    /// Its socket.
+    pub fn path(&self) -> PathBuf {
         self.place.path("relay.sock")
     }
 

@@ -194,8 +194,13 @@ impl Vm {
 
     /// What kills it, from another thread, while it isn't waited for.
     pub fn killer(&self) -> impl FnOnce() + Send + 'static {
+        self.signaller(Signal::KILL)
+    }
+
+    /// As [`Self::killer`], with another signal.
+    pub fn signaller(&self, signal: Signal) -> impl FnOnce() + Send + 'static {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        move || kill_process(pid, Signal::KILL).unwrap()
+        move || kill_process(pid, signal).unwrap()
     }
 
     /// Waits for the end; gives the exit status and what was said on standard error.

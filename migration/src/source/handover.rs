@@ -2,20 +2,16 @@
 //!
 //! **The rule.** The source may resume iff no byte of `Commit` was written; the destination may run iff it
 //! read the whole `Commit`. Between the two lies the window in doubt: the source keeps the stopped
-//! guest and finds out, by asking over a new connection ([`InDoubt::ask`]), by the disks' locks
-//! ([`InDoubt::try_locks`]), or from the operator ([`InDoubt::decide`]).
+//! guest and finds out (see [`super::doubt`]).
 
 use std::time::Duration;
 
 use super::sender::{AsTheyAre, Sender};
-use super::{Aborted, Common, Copied, Place, Source};
+use super::{Aborted, Common, Copied, InDoubt, Place, Source};
 use crate::channel::{Channel, ChannelError, Flow, Wait};
 use crate::error::MigrateError;
-use crate::guest::{Halted, Live, Locks};
-use crate::message::{
-    Activated, Commit, End, FIRST_SIGN_US_MAX, Message, PROTOCOL_MAX, PROTOCOL_MIN, Ready, Resolve,
-    StopAndCopy,
-};
+use crate::guest::{Changes, Halted, Live};
+use crate::message::{Activated, Commit, End, FIRST_SIGN_US_MAX, Message, Ready, StopAndCopy};
 use crate::pages::PageSet;
 use crate::plan::MigrationId;
 use crate::report::{Downtime, Observer, Outcome, Progress, Report, Round, Stage, micros};
@@ -45,27 +41,6 @@ pub struct Moved<H> {
     pub guest: H,
     /// How it went.
     pub report: Report,
-}
-
-/// A migration of which the source doesn't know whether it happened.
-pub struct InDoubt<L: Live> {
-    guest: L::Halted,
-    id: MigrationId,
-    locks_seen: bool,
-    answer_limit: Duration,
-    /// Why there was no answer.
-    pub error: MigrateError,
-    /// How far it came.
-    pub report: Report,
-}
-
-/// The operator's word on a migration in doubt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
-    /// The destination doesn't run it and won't: resume here.
-    Resume,
-    /// The destination runs it: drop it here.
-    Discard,
 }
 
 impl<L: Live> Source<Copied<L>> {
@@ -211,14 +186,14 @@ impl Common {
 }
 
 /// What is known of who runs the guest.
-enum Answer {
+pub(super) enum Answer {
     NotWritten(ChannelError),
     Activated(Activated),
     NeverActivated(Vec<String>),
     None(ChannelError),
 }
 
-fn read_answer(channel: &mut Channel, wait: &mut Wait) -> Result<Answer, ChannelError> {
+pub(super) fn read_answer(channel: &mut Channel, wait: &mut Wait) -> Result<Answer, ChannelError> {
     const EXPECTED: &str = "Activated or NeverActivated";
     match channel.recv(EXPECTED, wait)? {
         Message::Activated(activated) => Ok(Answer::Activated(activated)),
@@ -246,7 +221,9 @@ impl<L: Live> Source<Stopped<L>> {
             Answer::None(error) => {
                 let answer_limit = common.options.deadlines.answer;
                 let (error, report) = (channel_error(error), common.report(Outcome::InDoubt));
-                let in_doubt = InDoubt { guest, id, locks_seen, answer_limit, error, report };
+                let refused = None;
+                let in_doubt =
+                    InDoubt { guest, id, locks_seen, answer_limit, error, report, refused };
                 Commitment::InDoubt(Box::new(in_doubt))
             }
             Answer::Activated(activated) => {
@@ -275,97 +252,6 @@ impl<L: Live> Source<Stopped<L>> {
     }
 }
 
-impl<L: Live> InDoubt<L> {
-    /// The migration's name, for the operator.
-    #[must_use]
-    pub fn id(&self) -> MigrationId {
-        self.id
-    }
-
-    /// The guest, which stands.
-    #[must_use]
-    pub fn guest(&self) -> &L::Halted {
-        &self.guest
-    }
-
-    /// Whether the disks' locks can decide.
-    #[must_use]
-    pub fn locks_can_tell(&self) -> bool {
-        self.locks_seen
-    }
-
-    /// Asks the destination, over a new connection.
-    #[must_use]
-    pub fn ask(
-        mut self: Box<Self>,
-        mut channel: Channel,
-        observer: &mut dyn Observer,
-    ) -> Commitment<L> {
-        let stage = Stage::Commitment;
-        let mut poll = || observer.observe(&Progress { stage, ..Default::default() });
-        let mut wait = Wait::new(self.answer_limit, &mut poll);
-        let resolve =
-            Resolve { protocol_min: PROTOCOL_MIN, protocol_max: PROTOCOL_MAX, id: self.id };
-        channel.put_preamble();
-        let answer = channel
-            .send(&Message::Resolve(resolve), &mut wait)
-            .and_then(|()| channel.recv_preamble(&mut wait))
-            .and_then(|()| read_answer(&mut channel, &mut wait));
-        match answer {
-            Ok(Answer::Activated(activated)) => {
-                self.report.guest_stall_us = activated.guest_stall_us;
-                // As above: it forgets by itself.
-                let _ = channel.send(&Message::Done, &mut wait);
-                self.moved()
-            }
-            Ok(Answer::NeverActivated(reasons)) => {
-                self.error = MigrateError::Refused { stage: Stage::Activation, reasons };
-                self.stays(true)
-            }
-            Ok(Answer::NotWritten(source) | Answer::None(source)) | Err(source) => {
-                self.error = MigrateError::Channel { stage, source };
-                Commitment::InDoubt(self)
-            }
-        }
-    }
-
-    /// Lets the disks' locks decide, where the destination saw them at reservation: it takes them, and
-    /// marks the disks, before it runs; so a source that has them back, over unchanged disks, knows
-    /// that it is alone and stays so.
-    #[must_use]
-    pub fn try_locks(mut self: Box<Self>) -> Commitment<L> {
-        if self.locks_seen && matches!(self.guest.retake_disks(), Ok(Locks::Taken)) {
-            return self.stays(false);
-        }
-        Commitment::InDoubt(self)
-    }
-
-    /// Does as the operator says: to resume over disks that have changed, too, but never against a lock that
-    /// somebody holds.
-    #[must_use]
-    #[allow(clippy::boxed_local, reason = "that is how it is held")]
-    pub fn decide(mut self: Box<Self>, decision: Decision) -> Commitment<L> {
-        match decision {
-            Decision::Resume => {
-                self.guest.trust_disks();
-                self.stays(true)
-            }
-            Decision::Discard => self.moved(),
-        }
-    }
-
-    fn moved(self) -> Commitment<L> {
-        let report = Report { outcome: Outcome::Moved, ..self.report };
-        Commitment::Moved(Box::new(Moved { guest: self.guest, report }))
-    }
-
-    fn stays(self, released: bool) -> Commitment<L> {
-        let report = Report { outcome: Outcome::NotMoved, ..self.report };
-        let guest = Place::Halted { guest: self.guest, released };
-        Commitment::Refused(Box::new(Aborted { guest, error: self.error, report }))
-    }
-}
-
 /// Gives up after the guest was stopped.
 fn give_back<L: Live>(
     mut common: Box<Common>,
@@ -376,7 +262,8 @@ fn give_back<L: Live>(
     common.deadline = None;
     common.cancel(&error);
     let report = common.report(Outcome::NotMoved);
-    Box::new(Aborted { guest: Place::Halted { guest, released }, error, report })
+    let guest = Place::Halted { guest, released };
+    Box::new(Aborted { guest, error, report, changes: Changes::Matter })
 }
 
 /// A stopwatch.

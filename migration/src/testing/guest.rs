@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::Random;
 use super::world::{Side, World};
 use crate::guest::{
-    Active, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved, SignWatch,
-    Vacant,
+    Active, Changes, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved,
+    SignWatch, Vacant,
 };
 use crate::pages::{PAGE_SIZE, PageSet, Run};
 use crate::plan::{CpuNeeds, DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
@@ -287,20 +287,17 @@ impl Halted for FakeHalted {
         Ok(())
     }
 
-    fn retake_disks(&mut self) -> Result<Locks, GuestError> {
+    fn retake_disks(&mut self, changes: Changes) -> Result<Locks, GuestError> {
         self.0.world.step(Side::Source);
         if !self.0.world.lock(Side::Source) {
             return Ok(Locks::Held);
         }
-        if self.0.disk_at_release.is_some_and(|disk| disk != self.0.world.state().disk) {
+        let changed = self.0.disk_at_release.is_some_and(|disk| disk != self.0.world.state().disk);
+        if changed && changes == Changes::Matter {
             self.0.world.unlock(Side::Source);
             return Ok(Locks::Changed);
         }
         Ok(Locks::Taken)
-    }
-
-    fn trust_disks(&mut self) {
-        self.0.disk_at_release = None;
     }
 
     fn resume(mut self) -> Result<FakeLive, Failed<Self>> {
