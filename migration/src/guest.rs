@@ -258,9 +258,10 @@ pub trait Vacant: Sized {
     /// Why it can't be, one line for each part; the migration is aborted.
     fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>>;
 
-    /// Takes the disk locks, *then* marks every writable disk as changed (`futimens`), and only then
+    /// Takes the disk locks, *then* marks the writable disks as changed (`futimens`), and only then
     /// lets the vCPUs run (or leaves them, if `paused`). The lock makes sure that no other copy
-    /// runs; the mark tells a source in doubt that this one did.
+    /// runs; the mark tells a source in doubt that this one did: one disk's is enough, and from the first on
+    /// there is no way back.
     ///
     /// # Errors
     /// The guest never ran: no vCPU entered it, no disk was marked or written, no lock is held. It is

@@ -18,7 +18,7 @@ use super::mapping::Mapping;
 use crate::api::server::Server;
 use crate::api::socket::{self, ControlSocket, SocketError};
 use crate::arch::clock::Downtime;
-use crate::backend::disk::{DiskError, Locking};
+use crate::backend::disk::{DiskError, DiskHandle, Locking};
 use crate::backend::tap::TapHandle;
 use crate::chain::chain;
 use crate::config::{Config, OnReboot, SerialTarget};
@@ -258,10 +258,28 @@ fn take_disks(machine: &Machine) -> Result<(), GuestError> {
     for disk in disks {
         disk.take_lock()?;
     }
-    for disk in disks.iter().filter(|disk| disk.is_writable()) {
-        disk.mark_changed()?;
+    let writable = disks.iter().filter(|disk| disk.is_writable());
+    Ok(mark_any(writable.map(DiskHandle::mark_changed))?)
+}
+
+/// A source in doubt looks at all of its disks, so that one mark tells it. Where none can be made, none was, and the guest
+/// may be given back; where one was made, it may not.
+fn mark_any(marks: impl Iterator<Item = Result<(), DiskError>>) -> Result<(), DiskError> {
+    let (mut marked, mut failed) = (false, None);
+    for mark in marks {
+        match mark {
+            Ok(()) => marked = true,
+            Err(e) => failed = failed.or(Some(e)),
+        }
     }
-    Ok(())
+    match failed {
+        Some(e) if !marked => Err(e),
+        Some(e) => {
+            tracing::warn!("the guest's other disks tell that it was here: {}", chain(&e));
+            Ok(())
+        }
+        None => Ok(()),
+    }
 }
 
 /// Tells the network where the guest is now, a few rounds over half a second. What can't be sent
@@ -342,4 +360,25 @@ pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
 
 fn one_line<E: std::error::Error>(error: E) -> Vec<String> {
     vec![chain(&error)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_given_back_only_if_no_disk_was_marked() {
+        let failed = || Err(DiskError::Missing { path: "/disk".into() });
+        for (marks, given_back) in [
+            (vec![], false),
+            (vec![Ok(()), Ok(())], false),
+            (vec![Ok(()), failed()], false),
+            (vec![failed(), Ok(())], false),
+            (vec![failed()], true),
+            (vec![failed(), failed()], true),
+        ] {
+            let what = format!("{marks:?}");
+            assert_eq!(mark_any(marks.into_iter()).is_err(), given_back, "{what}");
+        }
+    }
 }
