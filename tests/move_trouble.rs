@@ -367,3 +367,23 @@ fn a_listener_that_can_t_listen() {
         assert_eq!(err.lines().count(), 1, "{err}");
     }
 }
+
+/// Its first round takes a minute at this bandwidth: the time is up within it.
+#[test]
+fn the_time_is_up_within_a_round() {
+    if !has_kvm() {
+        return;
+    }
+    let source = dirtier();
+    let (destination, uri) = Vm::listen(&[]);
+    let answer = source.try_move(&uri, &["--bandwidth", "4M", "--timeout", "1s"]);
+    answer.check_failed(&["no convergence", "of the first round"]);
+    check_gone(destination, &["the source"]);
+    check_stayed(source);
+    let mut source = dirtier();
+    let (mut destination, uri) = Vm::listen(&[]);
+    let fast = ["--bandwidth", "64M", "--timeout", "1s", "--on-timeout", "stop-and-copy"];
+    let dots = source.move_to(&uri, &fast);
+    assert!(dots.iter().all(|c| *c == b'.'), "{dots:?}");
+    check_dirtier(&mut destination);
+}

@@ -13,6 +13,8 @@ mod receive;
 
 pub(crate) use receive::{Incoming, Pages};
 
+/// Whoever kept still for so long is to blame for a time that is over.
+const BLAME: Duration = Duration::from_secs(1);
 /// A cap is kept over spans of this length, in milliseconds.
 const CAP_SPAN_MS: u64 = 20;
 
@@ -97,6 +99,9 @@ pub enum ChannelError {
         /// The deadline, in milliseconds.
         ms: u128,
     },
+    /// The time for all of it is over, and it isn't the peer alone that took it.
+    #[error("it was not over in the time that it had")]
+    Overdue,
     /// The observer said so.
     #[error("cancelled")]
     Cancelled,
@@ -145,11 +150,9 @@ impl<'a> Wait<'a> {
         (self.poll)()
     }
 
-    /// If it is too late, for an operation that began at `start`: for how long it lasts, in milliseconds.
-    fn late(&self, start: Duration, now: Duration) -> Option<u128> {
-        let late = (now > start && now - start >= self.still)
-            || self.until.is_some_and(|until| now >= until);
-        late.then_some((now - start).as_millis())
+    /// Whether everything has to be over by now.
+    fn is_over(&self, now: Duration) -> bool {
+        self.until.is_some_and(|until| now >= until)
     }
 }
 
@@ -335,25 +338,37 @@ impl Channel {
 
     /// Keeps the bandwidth cap: waits until these bytes may go.
     fn pay(&mut self, bytes: usize, wait: &mut Wait) -> Result<(), ChannelError> {
+        if wait.is_over(self.now()) {
+            return Err(ChannelError::Overdue);
+        }
         let Some(rate) = self.bandwidth else { return Ok(()) };
         let span = Duration::from_millis(CAP_SPAN_MS);
         loop {
             let now = self.now();
             let Some(ahead) = self.free_at.checked_sub(now).filter(|ahead| *ahead > span) else {
-                let nanos = u128::from(bytes as u64) * 1_000_000_000 / u128::from(rate);
-                let cost = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-                self.free_at = self.free_at.max(now) + cost;
+                let nanos = (bytes as u64).saturating_mul(1_000_000_000) / rate;
+                self.free_at = self.free_at.max(now) + Duration::from_nanos(nanos);
                 return Ok(());
             };
-            if (wait.poll)() == Flow::Cancel {
+            if wait.ask() == Flow::Cancel {
                 return Err(ChannelError::Cancelled);
             }
-            self.sleep((ahead - span).min(5 * span));
+            if wait.is_over(now) {
+                return Err(ChannelError::Overdue);
+            }
+            let left = wait.until.map_or(Duration::MAX, |until| until - now);
+            self.sleep((ahead - span).min(5 * span).min(left));
         }
     }
 
+    /// If it is too late for something that began, or last moved, at `start`.
     fn late(&self, wait: &Wait, start: Duration, now: Duration) -> Option<ChannelError> {
-        wait.late(start, now).map(|ms| ChannelError::TimedOut { peer: self.peer, ms })
+        let still = now.saturating_sub(start);
+        let (is_still, is_over) = (!still.is_zero() && still >= wait.still, wait.is_over(now));
+        if is_still || (is_over && still >= BLAME) {
+            return Some(ChannelError::TimedOut { peer: self.peer, ms: still.as_millis() });
+        }
+        is_over.then_some(ChannelError::Overdue)
     }
 
     /// What to make of a failed call. `None`: try again.
@@ -379,3 +394,7 @@ impl Channel {
         Err(error)
     }
 }
+
+#[cfg(test)]
+#[path = "channel_tests.rs"]
+mod tests;

@@ -48,6 +48,15 @@ pub enum MigrateError {
         /// The send rate.
         send_mib_per_s: u64,
     },
+    /// The time for pre-copy is up before the first round is.
+    #[error(
+        "no convergence: {pages_left} pages of the first round are left to go (see --timeout, --on-timeout, \
+         --bandwidth)"
+    )]
+    TooSlow {
+        /// About how many pages.
+        pages_left: u64,
+    },
     /// The limit can't be met by any guest on these hosts.
     #[error(
         "a stop takes {fixed_ms} ms before the first page (state, restore, round trips), over the limit \
@@ -71,8 +80,8 @@ impl MigrateError {
     /// Whether the connection is lost, and with it all news of the peer.
     #[must_use]
     pub fn is_lost_connection(&self) -> bool {
-        use ChannelError::{Closed, Io, TimedOut};
-        matches!(self, Self::Channel { source: Closed(_) | TimedOut { .. } | Io(_), stage } if *stage != Stage::PreMigration)
+        use ChannelError::{Closed, Io, Overdue, TimedOut};
+        matches!(self, Self::Channel { source: Closed(_) | TimedOut { .. } | Overdue | Io(_), stage } if *stage != Stage::PreMigration)
     }
 
     /// The error and its causes, in one line.

@@ -42,6 +42,25 @@ pub struct Limits {
     pub on_timeout: OnTimeout,
 }
 
+impl Limits {
+    /// When a round is cut short, for the policy to decide at once: how long after pre-copy began.
+    #[must_use]
+    pub fn cut_after(&self) -> Option<Duration> {
+        (self.on_timeout != OnTimeout::Abort).then_some(self.timeout)
+    }
+
+    /// When pre-copy is given up wherever it is: how long after it began. `still`: how long a peer may keep still, which it
+    /// may in the record at which a round is cut short, too.
+    #[must_use]
+    pub fn over_after(&self, still: Duration) -> Duration {
+        match self.on_timeout {
+            OnTimeout::Abort => self.timeout,
+            OnTimeout::StopAndCopy => self.timeout.saturating_add(still),
+            OnTimeout::Throttle => self.timeout.saturating_mul(2),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         let on_timeout = OnTimeout::default();
@@ -60,6 +79,8 @@ pub struct Measured {
     pub data_time: Duration,
     /// Pages dirty now.
     pub dirty_pages: u64,
+    /// Beside these, pages that the round was to send and didn't, as it was cut short.
+    pub left_pages: u64,
     /// The time in which they became so.
     pub dirty_time: Duration,
     /// The fixed cost of the stop.
@@ -68,6 +89,13 @@ pub struct Measured {
     pub bandwidth: Option<u64>,
     /// Pages dirtied by each vCPU in this round. Empty: not known.
     pub dirty_by_vcpu: Vec<u64>,
+}
+
+impl Measured {
+    /// Pages that would go over if the guest were stopped now.
+    pub(crate) fn pages(&self) -> u64 {
+        self.dirty_pages.saturating_add(self.left_pages)
+    }
 }
 
 /// What to do next.
@@ -133,7 +161,7 @@ impl Policy {
         self.data_seconds = self.data_seconds / 2.0 + now.data_time.as_secs_f64();
         let rate = self.rate(now.bandwidth);
         let dirty_rate = float(now.dirty_pages) / now.dirty_time.as_secs_f64().max(1e-6);
-        let transfer = float(now.dirty_pages) * PAGE_WIRE / rate;
+        let transfer = float(now.pages()) * PAGE_WIRE / rate;
         let downtime = now.fixed.saturating_add(seconds(transfer));
         let decision = self.choose(now, downtime, transfer, dirty_rate * PAGE_WIRE / rate);
         let (dirty_pages_per_s, send_bytes_per_s) = (whole(dirty_rate), whole(rate));
@@ -158,7 +186,7 @@ impl Policy {
         ratio: f64,
     ) -> Decision {
         let fixed = now.fixed.as_secs_f64();
-        let dirty_pages = float(now.dirty_pages);
+        let dirty_pages = float(now.pages());
         let shrank = dirty_pages < std::mem::replace(&mut self.dirty_pages, dirty_pages) * SHRINK;
         if downtime <= self.limits.downtime {
             let worth = transfer > (fixed / 4.0).max(0.001) && ratio < SHRINK && shrank;

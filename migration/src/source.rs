@@ -109,6 +109,10 @@ pub(crate) struct Common {
     pub(crate) regions: Vec<Run>,
     /// When the stage has to be over.
     pub(crate) deadline: Option<Duration>,
+    /// When a round of pre-copy is cut short, so that the policy can decide.
+    cut_at: Option<Duration>,
+    /// When pre-copy is given up.
+    time_up_at: Option<Duration>,
     /// What the destination reads.
     reads: Reads,
     /// The sections that the plan listed.
@@ -129,17 +133,38 @@ impl Common {
         self.progress.bytes = self.channel.sent_bytes();
         let progress = self.progress;
         let mut poll = || observer.observe(&progress);
+        let until = self.deadline.into_iter().chain(self.time_up_at).min();
+        let time_is_up = |now| self.time_up_at.is_some_and(|at| now >= at);
         let result = match poll() {
             Flow::Cancel => Err(ChannelError::Cancelled),
+            Flow::Continue if time_is_up(self.channel.now()) => Err(ChannelError::Overdue),
             Flow::Continue => {
                 let mut wait = Wait::new(still, &mut poll);
-                if let Some(until) = self.deadline {
+                if let Some(until) = until {
                     wait = wait.until(until);
                 }
                 run(&mut self.channel, &mut wait)
             }
         };
+        if let Err(ChannelError::Overdue | ChannelError::TimedOut { .. }) = &result
+            && time_is_up(self.channel.now())
+        {
+            return Err(self.no_convergence());
+        }
         result.map_err(|source| MigrateError::Channel { stage, source: self.explain(source) })
+    }
+
+    /// The time for pre-copy is up.
+    fn no_convergence(&self) -> MigrateError {
+        let progress = &self.progress;
+        if progress.round == 0 {
+            return MigrateError::TooSlow { pages_left: progress.pages_left };
+        }
+        MigrateError::NoConvergence {
+            downtime_ms: u128::from(progress.expected_downtime_us / 1000),
+            dirty_mib_per_s: progress.dirty_pages_per_s / 256,
+            send_mib_per_s: progress.send_bytes_per_s >> 20,
+        }
     }
 
     /// The peer's last words, if the connection broke and it left some.
@@ -181,7 +206,10 @@ impl Common {
         );
         if !told {
             let mut poll = || Flow::Continue;
-            let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+            let (limit, now) = (Duration::from_secs(1), self.channel.now());
+            let mut wait = Wait::new(limit, &mut poll).until(now + limit);
+            // The cap has no say any more: nothing of size follows.
+            self.channel.set_bandwidth(None);
             let reasons = Reasons::one(format!("the source gave up: {}", error.line()));
             // The connection's end says the same to a destination that doesn't get this.
             let _ = self.channel.send(&Message::Cancel(reasons), &mut wait);

@@ -244,7 +244,8 @@ impl Common {
 
     pub(crate) fn tell(&mut self, message: &Message) {
         let mut poll = || Flow::Continue;
-        let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+        let (limit, now) = (Duration::from_secs(1), self.channel.now());
+        let mut wait = Wait::new(limit, &mut poll).until(now + limit);
         // Who doesn't hear it sees the connection end.
         let _ = self.channel.send(message, &mut wait);
     }

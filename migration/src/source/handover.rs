@@ -238,7 +238,8 @@ impl<L: Live> Source<Stopped<L>> {
                     activated.guest_stall_us.map(|since_save| since_save + before_save);
                 common.report.downtime = Some(downtime);
                 let mut poll = || Flow::Continue;
-                let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+                let limit = Duration::from_secs(1);
+                let mut wait = Wait::new(limit, &mut poll).until(now + limit);
                 // A destination that doesn't hear this forgets the migration by itself, later.
                 let _ = common.channel.send(&Message::Done, &mut wait);
                 let mut report = common.report(Outcome::Moved);

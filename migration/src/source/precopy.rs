@@ -62,9 +62,12 @@ impl<L: Live> Source<Reserved<L>> {
         mut self,
         observer: &mut dyn Observer,
     ) -> Result<Source<Copied<L>>, Box<Aborted<L>>> {
-        self.common.progress.stage = Stage::PreCopy;
+        let common = &mut self.common;
+        common.progress.stage = Stage::PreCopy;
         let Reserved { mut guest, plan, locks_seen, fixed } = self.stage;
-        match self.common.rounds(&mut guest, &plan, fixed, observer) {
+        let done = common.rounds(&mut guest, &plan, fixed, observer);
+        (common.cut_at, common.time_up_at) = (None, None);
+        match done {
             Ok((left, predicted)) => {
                 let stage = Copied { guest, left, locks_seen, predicted };
                 Ok(Source { common: self.common, stage })
@@ -87,6 +90,10 @@ impl Common {
         let mut set = PageSet::new();
         let mut throttle = Vec::new();
         let began = self.channel.now();
+        let limits = self.options.limits;
+        self.cut_at = limits.cut_after().map(|after| began.saturating_add(after));
+        let over_after = limits.over_after(self.options.deadlines.still);
+        self.time_up_at = Some(began.saturating_add(over_after));
         guest.start_tracking().map_err(self.guest_error("starting dirty tracking"))?;
         let mut collected = self.channel.now();
         for round in 0.. {
@@ -102,16 +109,23 @@ impl Common {
             let acked = self.end_round(round, sender.sent.pages, observer)?;
             set.clear();
             guest.dirty_pages(&mut set).map_err(self.guest_error("collecting dirty pages"))?;
+            set.union(&sender.left);
+            if self.is_cut_short() {
+                self.cut_at = None;
+            }
             let now = self.channel.now();
+            let left_pages = sender.left.len();
+            let dirty_pages = set.len() - left_pages;
             let measured = Measured {
                 elapsed: now - began,
                 data_bytes: sender.sent.data_bytes(),
                 data_time: sender.sent.data_time + acked,
-                dirty_pages: set.len(),
+                dirty_pages,
+                left_pages,
                 dirty_time: now - collected,
                 fixed,
                 bandwidth: self.options.bandwidth,
-                dirty_by_vcpu: guest.dirty_by_vcpu(set.len()),
+                dirty_by_vcpu: guest.dirty_by_vcpu(dirty_pages),
             };
             collected = now;
             let verdict = policy.decide(&measured);
@@ -121,12 +135,13 @@ impl Common {
                     zero_pages: sender.sent.zero_pages,
                     bytes: self.channel.sent_bytes() - bytes,
                     time_us: micros(now - start),
-                    dirty_pages: set.len(),
+                    dirty_pages,
                     dirty_by_vcpu: measured.dirty_by_vcpu.clone(),
                     throttle_percent: throttle.clone(),
                     stall_us: guest.stall_us(),
                     ..Round::default()
                 },
+                set.len(),
                 &verdict,
             );
             if round == 0 {
@@ -142,6 +157,11 @@ impl Common {
             }
         }
         unreachable!("rounds end by a decision")
+    }
+
+    /// Whether the policy is to decide before the round is over.
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.cut_at.is_some_and(|at| self.channel.now() >= at)
     }
 
     /// Slows the guest down; one that can't be goes on as it does.
@@ -190,7 +210,7 @@ impl Common {
         Ok((self.channel.now() - start).saturating_sub(round_trip))
     }
 
-    fn note(&mut self, mut round: Round, verdict: &Verdict) {
+    fn note(&mut self, mut round: Round, next_pages: u64, verdict: &Verdict) {
         round.dirty_pages_per_s = verdict.dirty_pages_per_s;
         round.send_bytes_per_s = verdict.send_bytes_per_s;
         round.expected_downtime_us = micros(verdict.downtime);
@@ -198,8 +218,7 @@ impl Common {
         self.progress.send_bytes_per_s = round.send_bytes_per_s;
         self.progress.expected_downtime_us = round.expected_downtime_us;
         // Bytes of the pages, times microseconds of a second, over bytes of a second.
-        self.progress.expected_round_us = round
-            .dirty_pages
+        self.progress.expected_round_us = next_pages
             .saturating_mul(4_096_000_000)
             .checked_div(round.send_bytes_per_s)
             .unwrap_or(0);
@@ -215,7 +234,7 @@ impl Common {
         let made = forecast(&Basis {
             samples: vec![Sample { time: measured.dirty_time, pages: measured.dirty_pages }],
             pages: self.progress.pages_total,
-            touched_pages: measured.dirty_pages,
+            touched_pages: measured.pages(),
             send_bytes_per_s: verdict.send_bytes_per_s,
             fixed: measured.fixed,
             downtime: limits.downtime,
@@ -294,17 +313,18 @@ impl Common {
 
     /// Measures the bandwidth with padding, which the destination reads and drops.
     fn probe(&mut self, observer: &mut dyn Observer) -> Result<u64, MigrateError> {
-        let capped = |rate: u64| (rate / 10 / PING_PADDING_MAX as u64).clamp(1, PROBE_RECORDS);
-        let records = self.options.bandwidth.map_or(PROBE_RECORDS, capped);
+        let tenth = self.options.bandwidth.map_or(u64::MAX, |rate| rate / 10);
+        let padding = usize::try_from(tenth).unwrap_or(usize::MAX).clamp(1, PING_PADDING_MAX);
+        let records = (tenth / padding as u64).clamp(1, PROBE_RECORDS);
         let start = self.channel.now();
         for token in 0..records {
-            self.ping(token, PING_PADDING_MAX, observer)?;
+            self.ping(token, padding, observer)?;
         }
         for token in 0..records {
             self.pong(token, observer)?;
         }
         let nanos = (self.channel.now() - start).as_nanos().max(1);
-        let bytes = u128::from(records) * PING_PADDING_MAX as u128;
+        let bytes = u128::from(records) * padding as u128;
         let rate = u64::try_from(bytes * 1_000_000_000 / nanos).unwrap_or(u64::MAX);
         Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)))
     }

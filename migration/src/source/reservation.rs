@@ -36,6 +36,8 @@ impl Source<Connected> {
             started,
             regions: Vec::new(),
             deadline: None,
+            cut_at: None,
+            time_up_at: None,
             reads: Reads::default(),
             sections: Vec::new(),
         });

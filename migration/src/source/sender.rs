@@ -16,6 +16,9 @@ pub const WINDOW_PAGES: u64 = 1 << 14;
 /// A capped link is given records of this many milliseconds, so that a cancellation is heard.
 const CAPPED_RECORD_MS: u64 = 50;
 
+/// ... but not of fewer pages.
+const RECORD_PAGES_MIN: usize = 4;
+
 /// What to do with pages right before they are read, and how to read them.
 pub(super) trait Feed {
     fn prepare(&mut self, runs: &[Run]) -> Result<(), GuestError>;
@@ -71,6 +74,8 @@ pub(super) struct Sender {
     builder: Builder,
     batch: Vec<Run>,
     pub(super) sent: Sent,
+    /// What the round didn't come to send, as it was cut short.
+    pub(super) left: PageSet,
     /// The pages of the record being built, and since when.
     pending: u64,
     since: Duration,
@@ -80,12 +85,15 @@ impl Sender {
     pub(super) fn new(common: &Common) -> Self {
         let capped = |rate: u64| rate / 1000 * CAPPED_RECORD_MS / PAGE_SIZE as u64;
         let pages = common.options.bandwidth.map_or(DATA_PAGES_MAX as u64, capped);
-        let pages = usize::try_from(pages).unwrap_or(DATA_PAGES_MAX).clamp(16, DATA_PAGES_MAX);
+        let pages = usize::try_from(pages)
+            .unwrap_or(DATA_PAGES_MAX)
+            .clamp(RECORD_PAGES_MIN, DATA_PAGES_MAX);
         Self {
             kind: common.reads.pages_record(common.options.pages_checksum),
             builder: Builder::new(SPACE_RAM, pages),
             batch: Vec::new(),
             sent: Sent::default(),
+            left: PageSet::new(),
             pending: 0,
             since: common.channel.now(),
         }
@@ -94,6 +102,7 @@ impl Sender {
     /// Begins a round.
     pub(super) fn begin(&mut self, common: &Common) {
         self.sent = Sent::default();
+        self.left.clear();
         self.since = common.channel.now();
     }
 
@@ -113,7 +122,8 @@ impl Sender {
         Ok(())
     }
 
-    /// Sends the pages of `set` in `window`, which lies in one region. The last record may stay behind for [`Sender::flush`].
+    /// Sends the pages of `set` in `window`, which lies in one region. The last record may stay behind for [`Sender::flush`],
+    /// and all that comes after the round was cut short stays in `left`.
     pub(super) fn send_window(
         &mut self,
         common: &mut Common,
@@ -128,6 +138,10 @@ impl Sender {
         let mut runs = set.runs_in(window);
         let mut rest: Option<Run> = None;
         loop {
+            if common.is_cut_short() {
+                rest.into_iter().chain(runs).for_each(|run| self.left.insert(run));
+                return Ok(());
+            }
             let room = self.builder.room();
             let mut pages = 0;
             self.batch.clear();

@@ -29,10 +29,12 @@ pub enum Kind {
     Delay,
     /// From here on a hundred calls move one byte each.
     Short,
+    /// From here on one byte moves in a second.
+    Trickle,
 }
 
 impl Kind {
-    /// All of them.
+    /// All of them but the last, which takes its time.
     pub const ALL: [Kind; 6] =
         [Kind::Cut, Kind::Reset, Kind::Corrupt, Kind::Hang, Kind::Delay, Kind::Short];
 }
@@ -66,6 +68,7 @@ struct Shared {
     cut: bool,
     held_until: [Duration; 2],
     short: [u32; 2],
+    trickle: [bool; 2],
     slice: Duration,
     fault: Option<Fault>,
     capacity: usize,
@@ -91,6 +94,7 @@ impl Link {
             cut: false,
             held_until: [Duration::ZERO; 2],
             short: [0; 2],
+            trickle: [false; 2],
             slice: SLICE,
             fault,
             capacity,
@@ -244,7 +248,10 @@ impl Shared {
     /// Takes bytes into a pipe, and brings the fault about where it is due.
     fn take(&mut self, me: usize, bytes: &[u8]) -> io::Result<usize> {
         let sent = self.pipes[me].sent;
-        let limit = if self.short[me] > 0 { 1 } else { bytes.len() };
+        let limit = if self.short[me] > 0 || self.trickle[me] { 1 } else { bytes.len() };
+        if self.trickle[me] {
+            self.now += Duration::from_secs(1);
+        }
         self.short[me] = self.short[me].saturating_sub(1);
         let mut bytes = bytes[..limit].to_vec();
         let due = |f: &Fault| f.sender as usize == me && f.at < sent + bytes.len() as u64;
@@ -264,10 +271,11 @@ impl Shared {
                     Kind::Hang => self.held_until = [Duration::MAX; 2],
                     Kind::Delay => self.held_until[me] = self.now + Duration::from_secs(2),
                     Kind::Short => self.short[me] = SHORT_CALLS,
+                    Kind::Trickle => self.trickle[me] = true,
                 }
                 match fault.kind {
                     Kind::Cut | Kind::Reset => return Err(io::ErrorKind::BrokenPipe.into()),
-                    Kind::Short => bytes.truncate(1),
+                    Kind::Short | Kind::Trickle => bytes.truncate(1),
                     Kind::Hang => return Err(io::ErrorKind::WouldBlock.into()),
                     Kind::Corrupt | Kind::Delay => {}
                 }

@@ -51,6 +51,10 @@ pub struct Scenario {
     pub crc: bool,
     /// How long the link blocks at most, if not for its usual time.
     pub slice: Option<Duration>,
+    /// Time for pre-copy, if not 150 ms.
+    pub timeout: Option<Duration>,
+    /// Bytes a second at most, if not a million.
+    pub bandwidth: Option<u64>,
 }
 
 /// How it ended.
@@ -178,10 +182,10 @@ fn source_options(scenario: &Scenario) -> Options {
         software: "sim".to_owned(),
         limits: Limits {
             downtime: Duration::from_millis(10),
-            timeout: Duration::from_millis(150),
+            timeout: scenario.timeout.unwrap_or(Duration::from_millis(150)),
             on_timeout: scenario.on_timeout,
         },
-        bandwidth: Some(1_000_000),
+        bandwidth: scenario.bandwidth.or(Some(1_000_000)),
         pages_checksum: if scenario.crc { Algorithm::Crc32 } else { Algorithm::Xxh64 },
         deadlines: Deadlines {
             still: Duration::from_secs(5),
@@ -338,3 +342,7 @@ fn crashing<T>(run: impl FnOnce() -> T) -> Option<T> {
 #[cfg(test)]
 #[path = "sim_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "sim_time_tests.rs"]
+mod time_tests;

@@ -8,7 +8,7 @@ use crate::testing::Random;
 use crate::testing::link::Kind;
 use crate::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, SUM_LEN, record, record_name};
 
-fn base(seed: u64) -> Scenario {
+pub(super) fn base(seed: u64) -> Scenario {
     Scenario {
         seed,
         habits: Habits { dirties: 1, sign_after: Some(0), ..Habits::default() },
@@ -19,11 +19,11 @@ fn base(seed: u64) -> Scenario {
 }
 
 #[derive(Default)]
-struct Tally(BTreeMap<&'static str, u32>);
+pub(super) struct Tally(BTreeMap<&'static str, u32>);
 
 impl Tally {
     /// Runs a scenario, which must breach nothing.
-    fn run(&mut self, scenario: &Scenario) -> Run {
+    pub(super) fn run(&mut self, scenario: &Scenario) -> Run {
         let run = run(scenario, false);
         assert!(run.breaches.is_empty(), "{:?}\n{scenario:?}\n{run:?}", run.breaches);
         let ending = match run.ending {
@@ -43,7 +43,7 @@ impl Tally {
 }
 
 /// Where records begin in what a side sent, and their types.
-fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
+pub(super) fn records(sent: &[u8]) -> Vec<(usize, RecordHead)> {
     let mut at = PREAMBLE_LEN;
     let mut found = Vec::new();
     while let Some((head, _)) = sent[at..].split_first_chunk::<HEAD_LEN>() {
@@ -208,6 +208,8 @@ fn anything_at_once() {
             older_target: some(&mut random, 2),
             slice: some(&mut random, 8).then(|| Duration::from_millis(20)),
             crc: some(&mut random, 2),
+            timeout: some(&mut random, 4).then(|| Duration::from_millis(random.below(100))),
+            bandwidth: some(&mut random, 8).then_some(100_000),
         };
         tally.run(&scenario);
     }
@@ -289,43 +291,4 @@ fn the_same_seed_gives_the_same_run() {
     let once = |seed| run(&base(seed), true).sent;
     assert_eq!(once(11), once(11));
     assert_ne!(once(11), once(12));
-}
-
-#[test]
-fn a_dry_run_forecasts_and_moves_nothing() {
-    let scenario = base(21);
-    let world = World::new(None);
-    let link = Link::new(&world, None, 1 << 16, false);
-    let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
-    let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
-    let (source, target) = both(
-        &link,
-        |end| {
-            let mut observer = |_: &Progress| Flow::Continue;
-            let options = Options { dry_run: true, ..source_options(&scenario) };
-            let source = crate::source::Source::connect(channel(end), options, &mut observer)
-                .unwrap()
-                .reserve(guest, &mut observer)
-                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
-            let (_guest, forecast, report) = source
-                .forecast(&mut observer)
-                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
-            (forecast, report)
-        },
-        |end| {
-            let mut observer = |_: &Progress| Flow::Continue;
-            let opening = target::accept(channel(end), target_options(&scenario), &mut observer);
-            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
-            let prepared = target.reserve(&mut host, &mut observer).unwrap();
-            prepared.precopy(&mut observer).expect_err("nothing comes")
-        },
-    );
-    let (forecast, report) = source.expect("no crash");
-    assert!(target.expect("no crash").dry_run);
-    assert_eq!(world.state().running(), (true, false));
-    // 1 MB/s, 32 pages of RAM, some of them touched: tens of milliseconds.
-    assert!((900_000..=1_000_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
-    assert!(forecast.total_us > 20_000 && forecast.bytes > 5 * 4096, "{forecast:?}");
-    assert!(forecast.dirty_pages_per_s > 0, "{forecast:?}");
-    assert_eq!((report.forecast, report.rounds), (Some(forecast), vec![]));
 }

@@ -1,0 +1,117 @@
+//! The simulation's clock: what is over in time, and what is predicted beside what comes.
+
+use super::tests::{Tally, base, records};
+use super::*;
+use crate::report::Forecast;
+use crate::testing::link::Kind;
+use crate::wire::record;
+
+/// The time that is up within a round: 20 ms, where at this bandwidth the first record takes 160.
+fn slow(on_timeout: OnTimeout) -> Scenario {
+    Scenario {
+        on_timeout,
+        timeout: Some(Duration::from_millis(20)),
+        bandwidth: Some(100_000),
+        slice: Some(Duration::from_millis(1)),
+        ..base(41)
+    }
+}
+
+#[test]
+fn the_time_is_up_within_a_round() {
+    let run = Tally::default().run(&slow(OnTimeout::Abort));
+    let (report, error) = (run.report.expect("a report"), run.error.expect("an error"));
+    assert_eq!(run.ending, Ending::Stayed);
+    assert!(error.contains("no convergence") && error.contains("first round"), "{error}");
+    assert!(report.rounds.is_empty() && report.total_us < 60_000, "{report:?}");
+}
+
+#[test]
+fn a_round_is_cut_short_for_a_stop_or_a_throttle() {
+    let clean = |on_timeout, timeout| {
+        let timeout = Some(Duration::from_millis(timeout));
+        let run = Tally::default().run(&Scenario { timeout, ..slow(on_timeout) });
+        (run.ending, run.report.expect("a report"))
+    };
+    let (ending, whole) = clean(OnTimeout::StopAndCopy, 60_000);
+    assert_eq!(ending, Ending::Moved);
+    let (ending, cut) = clean(OnTimeout::StopAndCopy, 20);
+    assert_eq!((ending, cut.rounds.len()), (Ending::Moved, 2), "{cut:?}");
+    assert!((1..whole.rounds[0].pages).contains(&cut.rounds[0].pages), "{cut:?}");
+    assert!(cut.rounds[0].pages + cut.rounds[1].pages >= whole.rounds[0].pages, "{cut:?}");
+    let (_, throttled) = clean(OnTimeout::Throttle, 300);
+    assert!((1..whole.rounds[0].pages).contains(&throttled.rounds[0].pages), "{throttled:?}");
+}
+
+#[test]
+fn a_destination_that_takes_a_byte_now_and_then_does_not_hold_the_source() {
+    for on_timeout in [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle] {
+        let mut scenario = slow(on_timeout);
+        let sent = run(&scenario, true).sent[0].clone();
+        let kinds = [record::PAGES, record::PAGES2];
+        let at =
+            records(&sent).iter().find(|(_, head)| kinds.contains(&head.kind)).expect("pages").0;
+        let fault = Fault { sender: Side::Source, at: at as u64 + 100, kind: Kind::Trickle };
+        scenario.fault = Some(fault);
+        let run = Tally::default().run(&scenario);
+        let total_us = run.report.expect("a report").total_us;
+        assert!(
+            run.ending == Ending::Stayed && total_us < 10_000_000,
+            "{on_timeout:?}: {total_us}"
+        );
+        let error = run.error.expect("an error");
+        assert!(error.contains("no convergence"), "{error}");
+    }
+}
+
+#[test]
+fn a_dry_run_forecasts_and_moves_nothing() {
+    let (forecast, report) = dry_run(&base(21));
+    // 1 MB/s, 32 pages of RAM, some of them touched: tens of milliseconds.
+    assert!((900_000..=1_000_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
+    assert!(forecast.total_us > 20_000 && forecast.bytes > 5 * 4096, "{forecast:?}");
+    assert!(forecast.dirty_pages_per_s > 0, "{forecast:?}");
+    assert_eq!((report.forecast, report.rounds), (Some(forecast), vec![]));
+}
+
+#[test]
+fn a_dry_run_over_a_slow_link_ends_with_its_last_sample() {
+    let slice = Some(Duration::from_millis(1));
+    let (forecast, report) = dry_run(&Scenario { bandwidth: Some(125_000), slice, ..base(21) });
+    assert!((100_000..=125_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
+    assert!(report.total_us < 1_500_000, "{report:?}");
+}
+
+fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
+    let world = World::new(None);
+    let link = Link::new(&world, None, 1 << 16, false);
+    scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
+    let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
+    let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
+    let (source, target) = both(
+        &link,
+        |end| {
+            let mut observer = |_: &Progress| Flow::Continue;
+            let options = Options { dry_run: true, ..source_options(scenario) };
+            let source = crate::source::Source::connect(channel(end), options, &mut observer)
+                .unwrap()
+                .reserve(guest, &mut observer)
+                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
+            let (_guest, forecast, report) = source
+                .forecast(&mut observer)
+                .unwrap_or_else(|aborted| panic!("{}", aborted.error.line()));
+            (forecast, report)
+        },
+        |end| {
+            let mut observer = |_: &Progress| Flow::Continue;
+            let opening = target::accept(channel(end), target_options(scenario), &mut observer);
+            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
+            let prepared = target.reserve(&mut host, &mut observer).unwrap();
+            prepared.precopy(&mut observer).expect_err("nothing comes")
+        },
+    );
+    let (forecast, report) = source.expect("no crash");
+    assert!(target.expect("no crash").dry_run);
+    assert_eq!(world.state().running(), (true, false));
+    (forecast, report)
+}
