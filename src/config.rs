@@ -1,8 +1,9 @@
 //! What a VM is made of, as validated data: the command line writes it, `Machine` is built from it,
-//! and it travels in a migration's `Reserve` message and in a snapshot. Whoever reads a `Config`
-//! from a stream or a file calls [`Config::validate`] before use: it trusts no field.
+//! and it travels in a migration's `Reserve` message and in a snapshot (in the frozen form of [`saved`]). Whoever
+//! reads a `Config` from a stream or a file calls [`Config::validate`] before use: it trusts no field.
 
 mod mac;
+mod saved;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use self::mac::{MacAddr, MacError};
+pub use self::saved::{SavedConfigError, VERSION};
 
 /// One mebibyte, in bytes: the granularity of a VM's RAM.
 pub const MIB: u64 = 1 << 20;

@@ -100,6 +100,6 @@ fn told(report: &Report) -> String {
                 downtime.total_us % 1000
             )
         }
-        None => String::new(),
+        None => "; how long it stood isn't known".to_owned(),
     }
 }

@@ -6,7 +6,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_devices::bus::{Bus, BusDevice};
 use vmm_migration::state::{RestoreError, SaveError, Stateful};
 
-use crate::arch::msr::MsrPlan;
+use crate::arch::msr::{MsrPlan, Refused};
 use crate::arch::vcpu_state::{self, VcpuStateV1};
 use crate::kick;
 use crate::throttle::VcpuOrders;
@@ -68,19 +68,27 @@ pub struct Vcpu {
     index: u32,
     fd: VcpuFd,
     msrs: Arc<MsrPlan>,
+    /// MSRs that were refused when it was last restored, and that its guest can live without.
+    spared: Vec<Refused>,
 }
 
 impl Vcpu {
     /// Wraps a vCPU that KVM created and whose CPUID is set.
     #[must_use]
     pub fn new(index: u32, fd: VcpuFd, msrs: Arc<MsrPlan>) -> Self {
-        Self { index, fd, msrs }
+        Self { index, fd, msrs, spared: Vec::new() }
     }
 
     /// Its number, from 0.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
+    }
+
+    /// The MSRs that couldn't be restored, and that the guest can live without.
+    #[must_use]
+    pub fn spared(&self) -> &[Refused] {
+        &self.spared
     }
 
     /// KVM's handle.
@@ -145,6 +153,7 @@ impl Stateful for Vcpu {
     }
 
     fn restore(&mut self, state: VcpuStateV1) -> Result<(), RestoreError> {
-        vcpu_state::restore(&self.fd, &state)
+        self.spared = vcpu_state::restore(&self.fd, &state)?;
+        Ok(())
     }
 }

@@ -272,3 +272,47 @@ fn the_api_documents_every_field_of_a_report() {
     let missing = keys.into_iter().filter(|key| !api.contains(&format!("`{key}`")));
     none("keys that src/api/API.md doesn't name", &missing.map(str::to_owned).collect::<Vec<_>>());
 }
+
+/// The words that a document has in backquotes, one by one.
+fn words_of(document: &str) -> std::collections::BTreeSet<&str> {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '-';
+    let quoted = document.split('`').skip(1).step_by(2);
+    quoted.flat_map(|text| text.split(|c| !is_word(c))).collect()
+}
+
+/// Kinds of sections, the fields of each frozen state, and those of the configuration.
+#[test]
+fn the_protocol_names_every_section_and_field() {
+    let protocol = read("migration/PROTOCOL.md");
+    let words = words_of(&protocol);
+    let (mut kinds, mut fields) = (Vec::new(), Vec::new());
+    for (path, text) in sources().into_iter().filter(|(path, _)| !is_test(path)) {
+        if path.starts_with("migration/src/testing") {
+            continue;
+        }
+        let mut is_frozen = false;
+        for line in text.split("#[cfg(test)]").next().unwrap_or_default().lines() {
+            if let Some((_, kind)) = line.split_once("const KIND: &").filter(|_| line.contains('"'))
+            {
+                kinds.push(kind.split('"').nth(1).unwrap_or_default().to_owned());
+            }
+            let name = line.trim_start_matches("pub ").strip_prefix("struct ");
+            let name = name.map(|rest| rest.split([' ', ';', '<']).next().unwrap_or_default());
+            let version = name.and_then(|name| name.rsplit_once('V')).map(|(_, version)| version);
+            if name.is_some() || line.starts_with('}') {
+                is_frozen =
+                    version.is_some_and(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()));
+            }
+            let field = line.strip_prefix("    ").map(|field| field.trim_start_matches("pub "));
+            let field = field.and_then(|field| field.split_once(": ")).map(|(field, _)| field);
+            fields
+                .extend(field.filter(|f| is_frozen && !f.contains(['/', ' '])).map(str::to_owned));
+        }
+    }
+    assert!(
+        kinds.len() >= 10 && fields.len() > 60,
+        "the code has changed its shape: {kinds:?} {fields:?}"
+    );
+    let missing = kinds.into_iter().chain(fields).filter(|word| !words.contains(word.as_str()));
+    none("names that migration/PROTOCOL.md lacks", &missing.collect::<Vec<_>>());
+}

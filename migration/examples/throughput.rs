@@ -57,7 +57,7 @@ impl Memory for Still {
 impl Live for Still {
     type Halted = Still;
 
-    fn plan(&mut self) -> Result<Plan, GuestError> {
+    fn plan(&mut self, _: u16) -> Result<Plan, GuestError> {
         let pages = (self.0.len() / PAGE_SIZE) as u64;
         Ok(Plan {
             name: "still".into(),
@@ -129,7 +129,7 @@ struct Place;
 impl Host for Place {
     type Vacant = Still;
 
-    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<Still>, Vec<String>> {
+    fn reserve(&mut self, plan: &Plan, _: Option<u64>) -> Result<Reserved<Still>, Vec<String>> {
         let pages = usize::try_from(plan.touched_pages).expect("it fits");
         let guest = Still(vec![0; pages * PAGE_SIZE]);
         Ok(Reserved { guest, locks_seen: false, warnings: Vec::new() })
@@ -143,8 +143,8 @@ impl Vacant for Still {
         Vec::new()
     }
 
-    fn try_restore(&mut self, _example: &[Section]) -> Result<(), Vec<String>> {
-        Ok(())
+    fn try_restore(&mut self, _example: &[Section]) -> Result<Vec<String>, Vec<String>> {
+        Ok(Vec::new())
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {

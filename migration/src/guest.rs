@@ -62,11 +62,18 @@ pub trait Live: Memory + Sized {
     /// The same guest, stopped.
     type Halted: Halted<Live = Self>;
 
-    /// What the guest needs of its next host.
+    /// What the guest needs of its next host, which reads its configuration up to this version. That of the sections is
+    /// seen to by the crate.
     ///
     /// # Errors
     /// Something of the guest can't move; say what.
-    fn plan(&mut self) -> Result<Plan, GuestError>;
+    fn plan(&mut self, config_version: u16) -> Result<Plan, GuestError>;
+
+    /// Where the locks end that it holds on its writable disks, all at the same byte, which tells them from
+    /// anybody else's. `None`: nothing tells them.
+    fn lock_mark(&self) -> Option<u64> {
+        None
+    }
 
     /// Sections to try at the destination before a page moves, in the listed versions. The guest may stand
     /// for a moment.
@@ -201,11 +208,16 @@ pub trait Host {
 
     /// Checks everything that the plan needs and builds the guest: configuration, memory, vCPUs' features
     /// (a subset of this host's: name each missing one), MSRs, XSAVE, TSC, disks (reachable, of the
-    /// right size), TAPs, name. The crate has checked the layout and checks the sections itself.
+    /// right size, not locked by anybody but the source, whose locks `lock_mark` tells: see
+    /// [`Live::lock_mark`]), TAPs, name. The crate has checked the layout and checks the sections itself.
     ///
     /// # Errors
     /// Every reason found, not only the first; one line each.
-    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<Self::Vacant>, Vec<String>>;
+    fn reserve(
+        &mut self,
+        plan: &Plan,
+        lock_mark: Option<u64>,
+    ) -> Result<Reserved<Self::Vacant>, Vec<String>>;
 }
 
 /// What [`Host::reserve`] made.
@@ -230,11 +242,11 @@ pub trait Vacant: Sized {
     fn parts(&self) -> Vec<SectionId>;
 
     /// Restores the example into the guest to find out whether it can be; [`Vacant::restore`] follows
-    /// later on the same guest, over it.
+    /// later on the same guest, over it. Gives what doesn't stand in the way but should be known.
     ///
     /// # Errors
     /// Why it can't be, one line for each part.
-    fn try_restore(&mut self, example: &[Section]) -> Result<(), Vec<String>>;
+    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>>;
 
     /// The memory of the run, to be written. Nothing else touches the guest's memory meanwhile.
     ///

@@ -8,7 +8,11 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::plan::{MigrationId, Plan};
 use crate::state::Section;
-use crate::wire::{self, Algorithm, WireError, record};
+use crate::wire::{self, WireError, record};
+
+mod reads;
+
+pub use reads::{CONFIG_KIND, FIRST_SIGN_KIND, PAGES_KIND, Reads};
 
 /// The oldest protocol this release speaks.
 pub const PROTOCOL_MIN: u16 = 1;
@@ -20,10 +24,6 @@ pub const REASONS_MAX: usize = 64;
 pub const REASON_LEN_MAX: usize = 512;
 /// Most padding of a `Ping`, in bytes.
 pub const PING_PADDING_MAX: usize = 1 << 20;
-/// The kind under which [`Reads`] lists the records of pages: version 1 is `Pages`, version 2 `Pages2`.
-pub const PAGES_KIND: &str = "Pages";
-/// The kind by which [`Reads`] announces `FirstSign`, in version 1.
-pub const FIRST_SIGN_KIND: &str = "FirstSign";
 /// A first sign that comes later than this after the activation isn't told, in microseconds.
 pub const FIRST_SIGN_US_MAX: u64 = 100_000;
 
@@ -51,42 +51,11 @@ pub struct HelloReply {
     pub software: String,
 }
 
-/// What the destination reads, sent before `HelloReply`. Optional: without it, version 1 of everything.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reads {
-    /// The newest version of each kind of section of which that isn't 1; of [`PAGES_KIND`]; and [`FIRST_SIGN_KIND`], where
-    /// that is told.
-    pub newest: Vec<(String, u16)>,
-}
-
-impl Reads {
-    /// What this release reads: these sections, and `Pages2`; and that it tells the first sign.
-    #[must_use]
-    pub fn new(mut sections: Vec<(String, u16)>) -> Self {
-        sections.extend([(PAGES_KIND.to_owned(), 2), (FIRST_SIGN_KIND.to_owned(), 1)]);
-        Self { newest: sections }
-    }
-
-    /// The newest version that the destination reads of a kind.
-    #[must_use]
-    pub fn version(&self, kind: &str) -> u16 {
-        self.newest.iter().find(|(of, _)| of == kind).map_or(1, |(_, version)| *version)
-    }
-
-    /// The type of record in which pages go there: with this checksum, where the destination reads it.
-    #[must_use]
-    pub fn pages_record(&self, checksum: Algorithm) -> u32 {
-        match checksum {
-            Algorithm::Xxh64 if self.version(PAGES_KIND) >= 2 => record::PAGES2,
-            Algorithm::Crc32 | Algorithm::Xxh64 => record::PAGES,
-        }
-    }
-
-    /// Whether the destination tells the guest's first sign.
-    #[must_use]
-    pub fn first_sign(&self) -> bool {
-        self.newest.iter().any(|(kind, _)| kind == FIRST_SIGN_KIND)
-    }
+/// Tells the locks that the source holds on its disks from anybody else's. Optional, before `Reserve`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockMark {
+    /// Where the source's locks end: each is an exclusive one on the bytes from 0 to before this.
+    pub end: u64,
 }
 
 /// Asks for a place. The example's sections follow, each as a `Section`.
@@ -228,6 +197,7 @@ pub enum Message {
     Hello(Hello),
     HelloReply(HelloReply),
     Reads(Reads),
+    LockMark(LockMark),
     Reserve(Box<Reserve>),
     Section(Section),
     Accepted(Accepted),
@@ -266,6 +236,7 @@ impl Message {
             Self::Hello(_) => record::HELLO,
             Self::HelloReply(_) => record::HELLO_REPLY,
             Self::Reads(_) => record::READS,
+            Self::LockMark(_) => record::LOCK_MARK,
             Self::Reserve(_) => record::RESERVE,
             Self::Section(_) => record::SECTION,
             Self::Accepted(_) => record::ACCEPTED,
@@ -296,6 +267,7 @@ impl Message {
             Self::Hello(m) => pack(m),
             Self::HelloReply(m) => pack(m),
             Self::Reads(m) => pack(m),
+            Self::LockMark(m) => pack(m),
             Self::Reserve(m) => pack(m),
             Self::Section(section) => wire::encode_section(section),
             Self::Accepted(m) => pack(m),
@@ -331,6 +303,7 @@ impl Message {
             record::HELLO => Self::Hello(unpack(kind, body)?),
             record::HELLO_REPLY => Self::HelloReply(unpack(kind, body)?),
             record::READS => Self::Reads(unpack(kind, body)?),
+            record::LOCK_MARK => Self::LockMark(unpack(kind, body)?),
             record::RESERVE => Self::Reserve(unpack(kind, body)?),
             record::SECTION => Self::Section(wire::decode_section(body)?),
             record::ACCEPTED => Self::Accepted(unpack(kind, body)?),

@@ -13,7 +13,7 @@ use crate::channel::{Channel, ChannelError, Flow, Incoming, Wait};
 use crate::chunk::Encoding;
 use crate::error::MigrateError;
 use crate::guest::{Host, Reserved, Vacant};
-use crate::message::{self, Accepted, HelloReply, Message, Reads, Reasons, Resolve};
+use crate::message::{self, Accepted, HelloReply, Message, Reads, Reasons, Reserve, Resolve};
 use crate::plan::{MigrationId, Plan, SECTIONS_MAX};
 use crate::report::{Observer, Progress, Stage, micros};
 use crate::state::Section;
@@ -279,32 +279,29 @@ impl Target<Greeted> {
     ) -> Result<Target<Prepared<H::Vacant>>, Box<Ended>> {
         self.common.progress.stage = Stage::Reservation;
         let common = &mut self.common;
-        let reserve = match common.exchange(observer, |channel, wait| channel.recv("Reserve", wait))
-        {
-            Ok(Message::Reserve(reserve)) => *reserve,
-            Ok(other) => return Err(common.unexpected(&other, "Reserve")),
-            Err(error) => return Err(common.give_up(error)),
-        };
+        let (reserve, lock_mark) = common.reserve_message(observer)?;
         let example = common.sections(reserve.example_sections, observer)?;
         let faults = reserve.plan.faults();
         if !faults.is_empty() {
             return Err(common.refuse(faults));
         }
-        let Reserved { mut guest, locks_seen, warnings } =
-            host.reserve(&reserve.plan).map_err(|reasons| common.refuse(reasons))?;
+        let Reserved { mut guest, locks_seen, mut warnings } =
+            host.reserve(&reserve.plan, lock_mark).map_err(|reasons| common.refuse(reasons))?;
         let reasons = reserve.plan.section_reasons(&guest.parts());
         if !reasons.is_empty() {
             return Err(common.refuse(reasons));
         }
         let mut trial_restore_us = None;
         if !example.is_empty() {
-            guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            let told = guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            warnings.extend(told);
             // The one that counts will not be the first either: it is the second that is timed.
             let start = common.channel.now();
             guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
             trial_restore_us = Some(micros(common.channel.now() - start));
         }
         common.progress.pages_total = reserve.plan.ram().map_or(0, crate::plan::Space::pages);
+        let Reasons { reasons: warnings } = Reasons::new(warnings);
         let accepted = Message::Accepted(Accepted { trial_restore_us, locks_seen, warnings });
         let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
         sent.map_err(|error| common.give_up(error))?;
@@ -314,6 +311,22 @@ impl Target<Greeted> {
 }
 
 impl Common {
+    /// `Reserve`, and where the source's locks end, if it tells.
+    fn reserve_message(
+        &mut self,
+        observer: &mut dyn Observer,
+    ) -> Result<(Reserve, Option<u64>), Box<Ended>> {
+        let mut mark = None;
+        loop {
+            match self.exchange(observer, |channel, wait| channel.recv("Reserve", wait)) {
+                Ok(Message::Reserve(reserve)) => return Ok((*reserve, mark)),
+                Ok(Message::LockMark(found)) if mark.is_none() => mark = Some(found.end),
+                Ok(other) => return Err(self.unexpected(&other, "Reserve")),
+                Err(error) => return Err(self.give_up(error)),
+            }
+        }
+    }
+
     /// The example's sections, at most [`SECTIONS_MAX`] and 16 MiB.
     fn sections(
         &mut self,

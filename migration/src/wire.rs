@@ -70,6 +70,7 @@ pub mod record {
     pub const READS: u32 = 25;
     pub const PAGES2: u32 = 26;
     pub const FIRST_SIGN: u32 = 27;
+    pub const LOCK_MARK: u32 = 28;
 }
 
 /// The name of a record type, for `inspect` and for errors.
@@ -103,6 +104,7 @@ pub fn record_name(kind: u32) -> &'static str {
         record::READS => "Reads",
         record::PAGES2 => "Pages2",
         record::FIRST_SIGN => "FirstSign",
+        record::LOCK_MARK => "LockMark",
         _ => "unknown",
     }
 }
@@ -116,7 +118,7 @@ pub fn len_max(kind: u32) -> u32 {
         record::RESERVE | record::SNAPSHOT => 1024 * KIB,
         record::PAGES | record::PAGES2 | record::PING => 1088 * KIB,
         record::MEMORY_SUMS => 256 * KIB + 64,
-        record::HELLO..=record::READS | record::FIRST_SIGN => 64 * KIB,
+        record::HELLO..=record::READS | record::FIRST_SIGN | record::LOCK_MARK => 64 * KIB,
         _ => RECORD_LEN_MAX,
     }
 }
@@ -252,7 +254,8 @@ impl RecordHead {
     pub fn new(kind: u32, len: usize) -> Self {
         let len = u32::try_from(len).expect("a body within its limit");
         assert!(len <= len_max(kind), "{} of {len} bytes is over its limit", record_name(kind));
-        Self { kind, optional: matches!(kind, record::READS | record::FIRST_SIGN), len }
+        let optional = matches!(kind, record::READS | record::FIRST_SIGN | record::LOCK_MARK);
+        Self { kind, optional, len }
     }
 
     /// The eight bytes.

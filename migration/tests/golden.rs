@@ -90,6 +90,7 @@ fn messages() -> Vec<Message> {
         Message::UnknownId,
         Message::Reads(Reads { newest: vec![("serial".into(), 2)] }),
         Message::FirstSign(FirstSign { after_us: 15_000 }),
+        Message::LockMark(LockMark { end: 0x4123_4567_89ab_cdef }),
     ]
 }
 

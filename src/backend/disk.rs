@@ -14,7 +14,7 @@ use vmm_devices::backend::BlockBackend;
 use super::bounce::Bounce;
 use super::fingerprint::{Fingerprint, mark_changed};
 use super::iovec::{IoVecs, mark_dirty};
-use super::lock::{self, LockError, LockMode};
+use super::lock::{self, LockError, LockMode, Obstacle};
 
 /// Sector of the virtio block device, in bytes. A disk is a whole number of them.
 const SECTOR_LEN: u64 = 512;
@@ -164,9 +164,9 @@ impl DiskHandle {
         self.mode == LockMode::Exclusive
     }
 
-    /// Whether somebody else's lock is in the way of ours.
-    pub fn is_locked_elsewhere(&self) -> Result<bool, LockError> {
-        lock::is_held(&self.file, &self.path, self.mode)
+    /// What is in the way of our lock, where the migration's source says where its own end.
+    pub fn obstacle(&self, source_mark: Option<u64>) -> Result<Obstacle, LockError> {
+        lock::obstacle(&self.file, &self.path, self.mode, source_mark)
     }
 
     /// What changes when somebody writes the disk: size and time of modification.

@@ -32,6 +32,35 @@ fn readers_share_and_writers_exclude() {
     assert!(matches!(take(&a, path, LockMode::Shared), Err(LockError::Held { .. })));
 }
 
+#[test]
+fn the_source_s_lock_is_told_from_another_s() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path();
+    let [source, other, ours] = [open(path), open(path), open(path)];
+    let seen = |mode, mark| obstacle(&ours, path, mode, mark).unwrap();
+    let (write, read) = (LockMode::Exclusive, LockMode::Shared);
+    assert_eq!(seen(write, Some(mark())), Obstacle::None);
+    assert!((DISK_BYTES_MAX..2 * DISK_BYTES_MAX).contains(&mark()));
+
+    take(&source, path, write).unwrap();
+    assert_eq!(seen(write, Some(mark())), Obstacle::Source);
+    assert_eq!(seen(write, None), Obstacle::Source, "an older source doesn't tell");
+    assert_eq!(seen(write, Some(mark() ^ 1)), Obstacle::Other(Holder::Myself));
+    assert_eq!(seen(read, Some(mark())), Obstacle::Other(Holder::Myself));
+    release(&source, path).unwrap();
+
+    // An older vmm's, or another program's, over the whole file; a reader's; QEMU's, on single bytes.
+    control(&other, libc::F_OFD_SETLK, libc::F_WRLCK, WHOLE).unwrap();
+    assert_eq!(seen(write, Some(mark())), Obstacle::Other(Holder::Myself));
+    release(&other, path).unwrap();
+    take(&other, path, read).unwrap();
+    assert_eq!(seen(write, Some(mark())), Obstacle::Other(Holder::Myself));
+    assert_eq!(seen(read, Some(mark())), Obstacle::None);
+    release(&other, path).unwrap();
+    control(&other, libc::F_OFD_SETLK, libc::F_RDLCK, 101).unwrap();
+    assert_eq!(seen(write, Some(mark())), Obstacle::Other(Holder::Myself));
+}
+
 /// Not a test by itself: the other process of the next one. Holds the lock until its input ends.
 #[test]
 #[ignore = "run by names_the_process_that_holds_the_lock"]

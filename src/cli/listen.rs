@@ -76,7 +76,8 @@ pub fn run(args: ListenArgs) -> Outcome {
                 Err(_) => Flow::Continue,
             }
         };
-        let arrival = incoming::take(caller, &mut host, &mut verdicts, &mut observer);
+        let arrival =
+            incoming::take(caller, claim.as_ref(), &mut host, &mut verdicts, &mut observer);
         display.clear();
         match arrival {
             Arrival::Taken(arrived, farewell) => {

@@ -102,24 +102,7 @@ pub fn report(r: &Value) -> String {
         );
         text.push_str(&by_vcpu(round));
     }
-    let downtime = &r["downtime"];
-    let part = |field| milliseconds(number(downtime, field));
-    let _ = write!(
-        text,
-        "downtime {}: stop {}, dirty {}, pages {}, save {}, restore {}, commit {}, activate {}",
-        part("total_us"),
-        part("stop_us"),
-        part("dirty_us"),
-        part("pages_us"),
-        part("save_us"),
-        part("restore_us"),
-        part("commit_us"),
-        part("activate_us"),
-    );
-    if let Some(first_sign) = downtime["first_sign_us"].as_u64() {
-        let _ = write!(text, ", first sign {}", milliseconds(first_sign));
-    }
-    text.push('\n');
+    text.push_str(&downtime(&r["downtime"]));
     if let Some(stall) = r["guest_stall_us"].as_u64() {
         let _ = writeln!(text, "the guest's own clock saw a gap of {}", milliseconds(stall));
     }
@@ -133,6 +116,52 @@ pub fn report(r: &Value) -> String {
             milliseconds(number(f, "downtime_us")),
         );
     }
+    text.push_str(&warnings(r));
+    text
+}
+
+/// A line for each thing that the destination doesn't refuse the guest for, but that should be known.
+fn warnings(r: &Value) -> String {
+    let list = r["warnings"].as_array().map_or(&[][..], Vec::as_slice);
+    // They are the peer's words, for a terminal: the crate made control characters spaces.
+    list.iter().filter_map(Value::as_str).map(|line| format!("warning: {line}\n")).collect()
+}
+
+/// A line with the downtime and its parts, which as shown add up to it.
+fn downtime(downtime: &Value) -> String {
+    if !downtime.is_object() {
+        return "downtime not known: the destination's answer was lost, and the guest's fate found out later\n"
+            .to_owned();
+    }
+    let total = number(downtime, "total_us");
+    let first_sign = downtime["first_sign_us"].as_u64();
+    let names = ["stop", "dirty", "pages", "save", "ready", "restore", "commit", "activate"];
+    let mut parts: Vec<_> =
+        names.iter().map(|name| (*name, number(downtime, &format!("{name}_us")))).collect();
+    let told = parts.iter().fold(first_sign.unwrap_or(0), |sum, part| sum.saturating_add(part.1));
+    // Steps from one to the next: less than is shown goes with the last.
+    match (total.saturating_sub(told), parts.last_mut()) {
+        (between @ 0..100, Some((_, us))) => *us = us.saturating_add(between),
+        (between, _) => parts.push(("between", between)),
+    }
+    parts.extend(first_sign.map(|us| ("first sign", us)));
+    let mut text = format!("downtime {}:", milliseconds(total));
+    let (mut until, mut comma) = (0_u64, " ");
+    for (name, us) in parts {
+        let from = until;
+        until = until.saturating_add(us).min(total);
+        // Rounded where it begins and ends, not by itself.
+        let shown = (until / 100 - from / 100) * 100;
+        let _ = write!(text, "{comma}{name} {}", milliseconds(shown));
+        comma = ", ";
+    }
+    match number(downtime, "release_us") {
+        0..100 => {}
+        release => {
+            let _ = write!(text, "; the disks were released in {} beside", milliseconds(release));
+        }
+    }
+    text.push('\n');
     text
 }
 
@@ -189,7 +218,7 @@ pub fn forecast(r: &Value) -> String {
         milliseconds(number(f, "fixed_us")),
         format_measured(number(f, "dirty_pages_per_s").saturating_mul(PAGE_BYTES)),
         format_measured(number(f, "send_bytes_per_s")),
-    )
+    ) + &warnings(r)
 }
 
 #[cfg(test)]
@@ -197,6 +226,68 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    /// The parts of the line, in tenths of a millisecond, and what they should add up to.
+    fn sums(downtime: &Value) -> (Vec<u64>, u64) {
+        let line = super::downtime(downtime);
+        let tenths = |text: &str| -> u64 {
+            let number = text.trim_end_matches(" ms").rsplit(' ').next().unwrap();
+            number.replace('.', "").parse().unwrap()
+        };
+        let (parts, _) = line.trim_end().split_once(';').unwrap_or((line.trim_end(), ""));
+        let (total, parts) = parts.split_once(": ").unwrap();
+        (parts.split(", ").map(tenths).collect(), tenths(total))
+    }
+
+    #[test]
+    fn the_parts_of_the_downtime_add_up() {
+        let downtime = |total: u64, sign: Option<u64>| {
+            json!({
+                "stop_us": 3149, "dirty_us": 349, "pages_us": 1149, "save_us": 2049, "release_us": 5949,
+                "ready_us": 6649, "restore_us": 2649, "commit_us": 1949, "activate_us": 2349,
+                "first_sign_us": sign, "total_us": total,
+            })
+        };
+        let all = 3149 + 349 + 1149 + 2049 + 6649 + 2649 + 1949 + 2349;
+        for between in [0, 9, 1234] {
+            for sign in [None, Some(15_049)] {
+                let downtime = downtime(all + between + sign.unwrap_or(0), sign);
+                let (parts, total) = sums(&downtime);
+                assert_eq!(parts.iter().sum::<u64>(), total, "{downtime}");
+                assert_eq!(
+                    parts.len() - usize::from(sign.is_some()),
+                    8 + usize::from(between > 99)
+                );
+            }
+        }
+        // A peer's numbers may be anything.
+        for total in [0, 1, u64::MAX] {
+            let odd = json!({ "total_us": total, "stop_us": u64::MAX, "restore_us": 7, "first_sign_us": 9 });
+            let (parts, total) = sums(&odd);
+            assert_eq!(parts.iter().sum::<u64>(), total);
+        }
+        let line = super::downtime(&downtime(all, None));
+        assert!(
+            line.starts_with("downtime 20.2 ms: stop 3.1 ms, dirty 0.3 ms, pages 1.2 ms, "),
+            "{line}"
+        );
+        assert!(line.ends_with("; the disks were released in 5.9 ms beside\n"), "{line}");
+    }
+
+    #[test]
+    fn a_downtime_that_nobody_measured_is_not_told() {
+        let text = report(&json!({ "name": "web", "downtime": null, "rounds": [] }));
+        assert!(text.contains("\ndowntime not known: ") && !text.contains("0.0 ms:"), "{text}");
+    }
+
+    #[test]
+    fn warnings_are_told() {
+        let r = json!({ "name": "web", "warnings": ["slow", "old"] });
+        for text in [report(&r), forecast(&r)] {
+            assert!(text.ends_with("\nwarning: slow\nwarning: old\n"), "{text}");
+        }
+        assert!(!report(&json!({ "warnings": [] })).contains("warning"));
+    }
 
     #[test]
     fn who_dirtied_is_told_where_it_is_known() {

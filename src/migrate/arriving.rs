@@ -1,6 +1,6 @@
 //! The destination's guest: checked and built at reservation, filled, restored, and at last activated.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::slice;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -14,6 +14,7 @@ use vmm_migration::plan::{Plan, SectionId};
 use vmm_migration::state::Section;
 
 use super::cpu;
+use super::fitting::{self, Locks};
 use super::mapping::Mapping;
 use crate::api::server::Server;
 use crate::api::socket::{self, ControlSocket, SocketError};
@@ -25,7 +26,7 @@ use crate::config::{Config, OnReboot, SerialTarget};
 use crate::console::Console;
 use crate::event::Event;
 use crate::machine::{Machine, Origin};
-use crate::memory::{Backing, PAGE_SIZE};
+use crate::memory::Backing;
 use crate::vm::Vm;
 
 /// Rounds of announcements after a move, and the time between two of them.
@@ -83,17 +84,21 @@ pub struct Arrived {
 impl Host for Destination {
     type Vacant = VacantGuest;
 
-    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<VacantGuest>, Vec<String>> {
-        let config = self.configure(plan)?;
-        let mut reasons = disk_reasons(&config, plan);
-        reasons.extend(memory_reason(plan));
-        if !reasons.is_empty() {
-            return Err(reasons);
-        }
-        let socket = self.socket(&config).map_err(one_line)?;
-        let server = Server::start(socket, &config.name, self.events.clone()).map_err(one_line)?;
-        let console = Console::open(&config.serial, self.events.clone()).map_err(one_line)?;
-        let console = Arc::new(console);
+    fn reserve(
+        &mut self,
+        plan: &Plan,
+        lock_mark: Option<u64>,
+    ) -> Result<Reserved<VacantGuest>, Vec<String>> {
+        let mut reasons = cpu::lacking_here(&plan.cpu);
+        reasons.extend(fitting::memory_reason(plan));
+        let config = match self.configure(plan) {
+            Ok(config) => config,
+            Err(more) => return Err([reasons, more].concat()),
+        };
+        reasons.extend(fitting::disk_reasons(&config, plan));
+        reasons.extend(fitting::tap_reasons(&config));
+        let place = self.place(&config).map_err(|more| reasons.extend(more));
+        let (Ok((server, console)), []) = (place, reasons.as_slice()) else { return Err(reasons) };
         let origin = Origin {
             backing: Backing::Fresh { hugepages: config.hugepages },
             locking: Locking::Later,
@@ -101,24 +106,21 @@ impl Host for Destination {
         };
         let mut machine =
             Machine::new(config, origin, &console, self.events.clone()).map_err(one_line)?;
-        let first = machine.vcpus.first().map(|v| v.fd()).expect("a machine has a vCPU");
-        reasons.extend(cpu::lacking(&plan.cpu, &machine.core.host, &machine.core.vm, first));
-        reasons.extend(layout_reason(&machine, plan));
+        let Locks { seen: locks_seen, mut reasons, warnings } = fitting::locks(&machine, lock_mark);
+        reasons.extend(fitting::layout_reason(&machine, plan));
         if !reasons.is_empty() {
             return Err(reasons);
         }
         machine.warm_up();
-        let locks_seen = locks_seen(&machine);
         let guest = VacantGuest { mapping: None, machine, server, console, saved_clock_ns: None };
-        Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
+        Ok(Reserved { guest, locks_seen, warnings })
     }
 }
 
 impl Destination {
     /// The guest's configuration, with what differs here.
     pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
-        let mut config: Config = serde_json::from_slice(&plan.config)
-            .map_err(|e| vec![format!("the guest's configuration can't be read: {e}")])?;
+        let mut config = Config::restore(&plan.config).map_err(one_line)?;
         let Overrides { name, control: _, disks, nets, serial, stdio_taken, only_listed } =
             &self.overrides;
         if let Some(name) = name {
@@ -187,6 +189,19 @@ impl Destination {
         }
     }
 
+    /// The guest's control socket and console, or what is in the way of either.
+    fn place(&self, config: &Config) -> Result<(Server, Arc<Console>), Vec<String>> {
+        let serve = |socket| Server::start(socket, &config.name, self.events.clone());
+        let server = self.socket(config).map_err(one_line).and_then(|s| serve(s).map_err(one_line));
+        let console = Console::open(&config.serial, self.events.clone()).map_err(one_line);
+        match (server, console) {
+            (Ok(server), Ok(console)) => Ok((server, Arc::new(console))),
+            (server, console) => {
+                Err([server.err(), console.err()].into_iter().flatten().flatten().collect())
+            }
+        }
+    }
+
     pub(super) fn socket(&self, config: &Config) -> Result<ControlSocket, SocketError> {
         ControlSocket::bind(&self.socket_path(config)?)
     }
@@ -199,8 +214,9 @@ impl Vacant for VacantGuest {
         self.machine.core.parts.clone()
     }
 
-    fn try_restore(&mut self, example: &[Section]) -> Result<(), Vec<String>> {
-        self.restore(example)
+    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
+        self.restore(example)?;
+        Ok(cpu::spared(&self.machine).into_iter().collect())
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
@@ -304,81 +320,10 @@ pub(super) fn announce(taps: Vec<(TapHandle, vmm_devices::virtio::announce::Anno
     }
 }
 
-/// Whether the source's locks on the guest's writable disks are seen here: on all, and there is one.
-fn locks_seen(machine: &Machine) -> bool {
-    let mut writable = machine.core.platform.disks.iter().filter(|d| d.is_writable()).peekable();
-    writable.peek().is_some() && writable.all(|d| d.is_locked_elsewhere().unwrap_or(false))
-}
-
-pub(super) fn disk_reasons(config: &Config, plan: &Plan) -> Vec<String> {
-    let size = |path: &Path| -> Result<u64, DiskError> { crate::backend::disk::size_of(path) };
-    let mut reasons = Vec::new();
-    for disk in &config.disks {
-        let Some(need) = plan.disks.iter().find(|need| need.id == disk.id) else {
-            reasons.push(format!("disk {}: the source doesn't tell its size", disk.id));
-            continue;
-        };
-        match size(&disk.path) {
-            Err(DiskError::Missing { path }) => reasons.push(format!(
-                "disk {id}: {} is not here: say where it is with --disk id={id},path=PATH",
-                path.display(),
-                id = disk.id
-            )),
-            Err(e) => reasons.push(chain(&e)),
-            Ok(bytes) if bytes != need.bytes => reasons.push(format!(
-                "disk {}: {} has {bytes} bytes here, {} at the source",
-                disk.id,
-                disk.path.display(),
-                need.bytes
-            )),
-            Ok(_) => {}
-        }
-    }
-    reasons
-}
-
-pub(super) fn layout_reason(machine: &Machine, plan: &Plan) -> Option<String> {
-    let ours = machine.core.memory.slots().iter().map(|s| (s.start / PAGE_SIZE, s.len / PAGE_SIZE));
-    let theirs = plan.ram()?.regions.iter().map(|r| (r.first_page, r.pages));
-    (!ours.eq(theirs)).then(|| "guest RAM is laid out differently here".to_owned())
-}
-
-/// Not enough memory for what the guest has touched.
-pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let available_kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    let needed_kib = plan.touched_pages.saturating_mul(PAGE_SIZE / 1024);
-    (needed_kib > available_kib).then(|| {
-        format!(
-            "the guest uses {} MiB of memory, this host has {} MiB left",
-            needed_kib >> 10,
-            available_kib >> 10
-        )
-    })
-}
-
 fn one_line<E: std::error::Error>(error: E) -> Vec<String> {
     vec![chain(&error)]
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_is_given_back_only_if_no_disk_was_marked() {
-        let failed = || Err(DiskError::Missing { path: "/disk".into() });
-        for (marks, given_back) in [
-            (vec![], false),
-            (vec![Ok(()), Ok(())], false),
-            (vec![Ok(()), failed()], false),
-            (vec![failed(), Ok(())], false),
-            (vec![failed()], true),
-            (vec![failed(), failed()], true),
-        ] {
-            let what = format!("{marks:?}");
-            assert_eq!(mark_any(marks.into_iter()).is_err(), given_back, "{what}");
-        }
-    }
-}
+#[path = "arriving_tests.rs"]
+mod tests;

@@ -1,13 +1,13 @@
 //! The destination: waits for a source, takes its guest, and answers a source that lost our answer.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use vmm_devices::serial::Serial;
 use vmm_migration::channel::{Channel, Flow};
-use vmm_migration::message::Reads;
+use vmm_migration::message::{CONFIG_KIND, Reads};
 use vmm_migration::report::{Observer, Progress};
 use vmm_migration::state::Stateful;
 use vmm_migration::target::{self, Ended, Farewell, Greeted, Opening, Options, Question, Target};
@@ -16,11 +16,12 @@ use super::arriving::{Arrived, Destination};
 use super::link::Listener;
 use super::outgoing::software;
 use super::verdicts::{VERDICT_KEPT, Verdicts};
+use crate::config;
 use crate::event::Event;
 
 /// How long a source whose migration is over (a dry run's, say) may take to be gone here.
 const LEAVING: Duration = Duration::from_secs(2);
-/// Connections that are heard out at the same time.
+/// Connections that are heard out at the same time; as many more are turned away with a word.
 const GREETED_MAX: usize = 16;
 /// What a source is told that comes second.
 const BUSY: &str = "another migration is under way here: try again later";
@@ -60,18 +61,38 @@ pub struct Door {
 }
 
 /// The place of the one source, or asker, that a door lets in; free again when it is dropped.
-pub struct Claim(Arc<AtomicBool>);
+pub struct Claim(Arc<AtomicU8>);
+
+/// Nobody has the place.
+const FREE: u8 = 0;
+/// Somebody has it who only asks or looks, as far as is known: soon gone.
+const BRIEF: u8 = 1;
+/// A source has it, with its guest.
+const MOVING: u8 = 2;
 
 impl Claim {
-    /// Claims the place, if the one before has gone or is just going.
-    fn stake(busy: &Arc<AtomicBool>) -> Option<Self> {
-        becomes_free(|| !busy.swap(true, Ordering::SeqCst)).then(|| Self(Arc::clone(busy)))
+    /// Claims the place, if it is free or soon will be.
+    fn stake(place: &Arc<AtomicU8>) -> Option<Self> {
+        let until = Instant::now() + LEAVING;
+        loop {
+            match place.compare_exchange(FREE, BRIEF, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return Some(Self(Arc::clone(place))),
+                Err(BRIEF) if Instant::now() < until => {}
+                Err(_) => return None,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// It is a source that brings its guest: whoever comes now is turned away at once.
+    fn keep(&self) {
+        self.0.store(MOVING, Ordering::SeqCst);
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::SeqCst);
+        self.0.store(FREE, Ordering::SeqCst);
     }
 }
 
@@ -149,34 +170,25 @@ impl Drop for Door {
     }
 }
 
-/// Whether it is free, or becomes so while the one before is just going.
-fn becomes_free(is_free: impl Fn() -> bool) -> bool {
-    let until = Instant::now() + LEAVING;
-    while !is_free() {
-        if Instant::now() >= until {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    true
-}
-
+/// Never waits for anybody but the next connection: each has a thread of its own, up to a number.
 fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
-    let busy = Arc::new(AtomicBool::new(false));
+    let place = Arc::new(AtomicU8::new(FREE));
     let greeted = Arc::new(());
     loop {
         match listener.accept() {
             Ok(Some(channel)) => {
                 // Each thread that hears one out has a copy.
-                let room = || Arc::strong_count(&greeted) <= GREETED_MAX;
-                if !becomes_free(|| room() && !busy.load(Ordering::SeqCst)) {
-                    target::refuse(channel, BUSY);
+                let others = Arc::strong_count(&greeted) - 1;
+                if others >= 2 * GREETED_MAX {
                     continue;
                 }
-                let (busy, give, place) = (Arc::clone(&busy), give.clone(), Arc::clone(&greeted));
+                let (place, give, one) = (Arc::clone(&place), give.clone(), Arc::clone(&greeted));
                 let greet = move || {
-                    greet(channel, &busy, &give);
-                    drop(place);
+                    match others < GREETED_MAX {
+                        true => greet(channel, &place, &give),
+                        false => target::refuse(channel, BUSY),
+                    }
+                    drop(one);
                 };
                 if let Err(e) = std::thread::Builder::new().name("greet".to_owned()).spawn(greet) {
                     tracing::warn!("a connection can't be heard: {e}");
@@ -193,21 +205,29 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
     }
 }
 
-/// The newest version of each section that has changed since the first.
+/// The newest version of the configuration, and of each section that has changed since the first.
 fn reads() -> Reads {
-    Reads::new(vec![(Serial::KIND.to_owned(), Serial::VERSION)])
+    Reads::new(vec![
+        (CONFIG_KIND.to_owned(), config::VERSION),
+        (Serial::KIND.to_owned(), Serial::VERSION),
+    ])
 }
 
 /// Hears what a connection wants, and lets it in unless another has come first.
-fn greet(channel: Channel, busy: &Arc<AtomicBool>, give: &Sender<(Caller, Option<Claim>)>) {
+fn greet(channel: Channel, place: &Arc<AtomicU8>, give: &Sender<(Caller, Option<Claim>)>) {
     let mut observer = |_: &Progress| Flow::Continue;
     let options = Options { reads: reads(), ..Options::new(software()) };
     let caller = target::accept(channel, options, &mut observer);
-    let claim = if caller.is_ok() { Claim::stake(busy) } else { None };
+    let claim = if caller.is_ok() { Claim::stake(place) } else { None };
     match caller {
         Ok(Opening::Migrate(target)) if claim.is_none() => target.refuse(BUSY),
-        // It asks again.
-        Ok(Opening::Question(_)) if claim.is_none() => {}
+        Ok(Opening::Question(question)) if claim.is_none() => {
+            // What is kept in files can be told meanwhile. For the rest it asks again.
+            let verdicts = Verdicts::of_this_host();
+            if verdicts.find(question.id).is_some() {
+                answer_question(question, &verdicts);
+            }
+        }
         // Nobody waits for callers any more: the connection ends.
         caller => drop(give.send((caller, claim))),
     }
@@ -216,6 +236,7 @@ fn greet(channel: Channel, busy: &Arc<AtomicBool>, give: &Sender<(Caller, Option
 /// Takes one guest from a caller, or learns why not. `verdicts` answers sources that ask.
 pub fn take(
     caller: Caller,
+    claim: Option<&Claim>,
     host: &mut Destination,
     verdicts: &mut Verdicts,
     observer: &mut dyn Observer,
@@ -229,7 +250,7 @@ pub fn take(
         }
         Err(ended) => return Arrival::Stray(ended.error.line()),
     };
-    match receive(target, host, observer) {
+    match receive(target, claim, host, observer) {
         Ok(arrival) => arrival,
         Err(ended) if ended.dry_run => Arrival::Nothing,
         Err(ended) => {
@@ -253,10 +274,15 @@ fn answer_question(question: Box<Question>, verdicts: &Verdicts) -> bool {
 
 fn receive(
     target: Target<Greeted>,
+    claim: Option<&Claim>,
     host: &mut Destination,
     observer: &mut dyn Observer,
 ) -> Result<Arrival, Box<Ended>> {
-    let target = target.reserve(host, observer)?.precopy(observer)?.stop_and_copy(observer)?;
+    let target = target.reserve(host, observer)?;
+    if let Some(claim) = claim.filter(|_| !target.is_dry_run()) {
+        claim.keep();
+    }
+    let target = target.precopy(observer)?.stop_and_copy(observer)?;
     let (arrived, farewell) = target.await_commit(observer)?.activate()?;
     Ok(Arrival::Taken(Box::new(arrived), farewell))
 }

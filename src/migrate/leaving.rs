@@ -11,6 +11,7 @@ use vmm_migration::state::Section;
 use super::dirtiers::Dirtiers;
 use super::tracking;
 use crate::backend::fingerprint::Fingerprint;
+use crate::backend::lock;
 use crate::machine::{Core, Machine};
 use crate::memory::PAGE_SIZE;
 use crate::vm::Vm;
@@ -59,8 +60,12 @@ impl Memory for LiveGuest {
 impl Live for LiveGuest {
     type Halted = HaltedGuest;
 
-    fn plan(&mut self) -> Result<Plan, GuestError> {
-        plan(self.core(), matches!(self.vm, Some(Vm::Paused(_))))
+    fn plan(&mut self, config_version: u16) -> Result<Plan, GuestError> {
+        plan(self.core(), matches!(self.vm, Some(Vm::Paused(_))), config_version)
+    }
+
+    fn lock_mark(&self) -> Option<u64> {
+        Some(lock::mark())
     }
 
     fn example(&mut self, listed: &[SectionId]) -> Result<Example, GuestError> {
@@ -223,7 +228,7 @@ impl Halted for HaltedGuest {
 }
 
 /// What the guest needs of its next host.
-fn plan(core: &Core, paused: bool) -> Result<Plan, GuestError> {
+fn plan(core: &Core, paused: bool, config_version: u16) -> Result<Plan, GuestError> {
     let config = &core.config;
     let regions = core.memory.slots().iter();
     let regions = regions
@@ -245,7 +250,7 @@ fn plan(core: &Core, paused: bool) -> Result<Plan, GuestError> {
     Ok(Plan {
         name: config.name.clone(),
         paused,
-        config: serde_json::to_vec(config)?,
+        config: config.save(config_version)?,
         spaces: vec![Space { id: SPACE_RAM, regions }],
         touched_pages: tracking::touched_pages(&core.memory)?,
         sections: core.parts.clone(),

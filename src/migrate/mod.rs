@@ -2,7 +2,7 @@
 //!
 //! - [`uri`], [`link`]: where the stream goes and how its bytes get there;
 //! - [`tracking`]: which pages of guest RAM were touched and written; `dirtiers`: by which vCPU;
-//! - [`cpu`]: what a guest's vCPUs need of a host;
+//! - [`cpu`]: what a guest's vCPUs need of a host; `fitting`: whether the rest of it is there;
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
 //! - [`arriving`]: the destination's guest, `mapping`: its RAM in KVM's page tables before it runs; [`incoming`]
 //!   drives it; [`verdicts`]: what is told a source in doubt;
@@ -11,6 +11,7 @@
 pub mod arriving;
 pub mod cpu;
 mod dirtiers;
+mod fitting;
 pub mod incoming;
 pub mod leaving;
 pub mod link;

@@ -10,7 +10,8 @@ use vmm_migration::pages::{self, is_zero};
 use vmm_migration::snapshot::{BLOCK_LEN, Snapshot, SnapshotError};
 
 use super::arriving::{self, Arrived, Destination};
-use super::cpu;
+use super::cpu::{self, Offer};
+use super::fitting;
 use crate::api::server::Server;
 use crate::api::socket::SocketError;
 use crate::arch::boot::{self, BootError};
@@ -97,9 +98,9 @@ pub fn restore(
     let snapshot = Snapshot::open(dir).map_err(damaged)?;
     let plan = &snapshot.header.plan;
     let config = here.configure(plan).map_err(RestoreFault::Unfit)?;
-    let mut reasons = arriving::disk_reasons(&config, plan);
+    let mut reasons = fitting::disk_reasons(&config, plan);
     if load == Load::Eager {
-        reasons.extend(arriving::memory_reason(plan));
+        reasons.extend(fitting::memory_reason(plan));
     }
     if !reasons.is_empty() {
         return Err(RestoreFault::Unfit(reasons));
@@ -121,8 +122,9 @@ pub fn restore(
     let origin = Origin { backing, locking: Locking::Now, needs: Some(plan.cpu.clone()) };
     let mut machine = Machine::new(config, origin, &console, here.events.clone())?;
     let first = machine.vcpus.first().map(|v| v.fd()).expect("a machine has a vCPU");
-    let mut reasons = cpu::lacking(&plan.cpu, &machine.core.host, &machine.core.vm, first);
-    reasons.extend(arriving::layout_reason(&machine, plan));
+    let offer = Offer::of(machine.core.host.cpuid.clone(), &machine.core.vm, first);
+    let mut reasons = cpu::lacking(&plan.cpu, &offer);
+    reasons.extend(fitting::layout_reason(&machine, plan));
     if !reasons.is_empty() {
         return Err(RestoreFault::Unfit(reasons));
     }
@@ -137,6 +139,9 @@ pub fn restore(
     machine
         .restore(sections, downtime)
         .map_err(|source| RestoreFault::State { dir: dir.to_owned(), source })?;
+    if let Some(spared) = cpu::spared(&machine) {
+        tracing::warn!("{spared}");
+    }
     tell_of_copy(&mut machine).map_err(MachineError::from)?;
     for (_, announcer) in &machine.core.platform.taps {
         announcer.request();

@@ -70,6 +70,6 @@ fn header(guest: &mut LiveGuest) -> Result<Header, String> {
         id: MigrationId(id),
         software: software(),
         created_unix_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-        plan: guest.plan().map_err(|e| e.to_string())?,
+        plan: guest.plan(u16::MAX).map_err(|e| e.to_string())?,
     })
 }

@@ -57,7 +57,7 @@ pub fn save<L: Live>(
     observer: &mut dyn Observer,
 ) -> Result<Saved<L>, Box<NotSaved<L, L::Halted>>> {
     let not_saved = |guest, error| Err(Box::new(NotSaved { guest, error }));
-    match guest.plan() {
+    match guest.plan(u16::MAX) {
         Ok(plan) => header.plan = plan,
         Err(source) => {
             let error = SnapshotError::Guest { doing: "describing the guest", source };

@@ -8,7 +8,8 @@ use crate::chunk::Encoding;
 use crate::error::MigrateError;
 use crate::guest::Live;
 use crate::message::{
-    self, Accepted, Hello, HelloReply, Message, PROTOCOL_MAX, PROTOCOL_MIN, Reads, Reserve,
+    self, Accepted, CONFIG_KIND, Hello, HelloReply, LockMark, Message, PROTOCOL_MAX, PROTOCOL_MIN,
+    Reads, Reserve,
 };
 use crate::plan::Plan;
 use crate::report::{Observer, Progress, Report, Stage, micros};
@@ -119,7 +120,9 @@ impl Common {
         guest: &mut L,
         observer: &mut dyn Observer,
     ) -> Result<(Plan, Accepted, Duration), MigrateError> {
-        let mut plan = guest.plan().map_err(self.guest_error("describing the guest"))?;
+        let mut plan = guest
+            .plan(self.reads.version(CONFIG_KIND))
+            .map_err(self.guest_error("describing the guest"))?;
         plan.lower_to(&self.reads);
         let faults = plan.faults();
         if !faults.is_empty() {
@@ -138,8 +141,10 @@ impl Common {
         let example_sections = u32::try_from(example.sections.len()).unwrap_or(u32::MAX);
         let reserve = Reserve { plan, example_sections, dry_run: self.options.dry_run };
         let reserve = Message::Reserve(Box::new(reserve));
+        let mark = guest.lock_mark().map(|end| Message::LockMark(LockMark { end }));
         let deadlines = self.options.deadlines;
         self.exchange(deadlines.still, observer, |channel, wait| {
+            mark.iter().for_each(|mark| channel.put(mark));
             channel.put(&reserve);
             example.sections.into_iter().for_each(|s| channel.put(&Message::Section(s)));
             channel.flush(wait)

@@ -37,6 +37,12 @@ impl<V: Vacant> Target<Prepared<V>> {
         &self.stage.plan
     }
 
+    /// Whether the source only looks: it will leave, and nothing of its guest comes.
+    #[must_use]
+    pub fn is_dry_run(&self) -> bool {
+        self.stage.dry_run
+    }
+
     /// Stage 2, iterative pre-copy: takes pages until the source stops its guest.
     ///
     /// # Errors

@@ -118,14 +118,12 @@ impl FakeLive {
     }
 
     fn write(&mut self) {
-        let page = page_number(self.random.below(PAGES as u64));
-        let run = Run::new(page, 1).expect("a page");
+        let run = Run::new(page_number(self.random.below(PAGES as u64)), 1).expect("a page");
         // Some pages are touched and zero, some become zero again.
         let value = if self.random.below(5) == 0 { 0 } else { self.random.next().to_le_bytes()[0] };
         let cell = usize::try_from(self.random.below(CELLS as u64)).expect("small");
-        let whole = self.random.below(4) == 0;
         let bytes = self.ram.bytes(run);
-        if whole {
+        if self.random.below(4) == 0 {
             bytes.fill(0);
         }
         bytes[cell * (PAGE_SIZE / CELLS)] = value;
@@ -178,7 +176,11 @@ impl Memory for FakeLive {
 impl Live for FakeLive {
     type Halted = FakeHalted;
 
-    fn plan(&mut self) -> Result<Plan, GuestError> {
+    fn lock_mark(&self) -> Option<u64> {
+        Some(1 << 62)
+    }
+
+    fn plan(&mut self, _: u16) -> Result<Plan, GuestError> {
         self.step();
         Ok(Plan {
             name: "fake".to_owned(),
@@ -325,7 +327,11 @@ pub struct FakeHost {
 impl Host for FakeHost {
     type Vacant = FakeVacant;
 
-    fn reserve(&mut self, plan: &Plan) -> Result<Reserved<FakeVacant>, Vec<String>> {
+    fn reserve(
+        &mut self,
+        plan: &Plan,
+        lock_mark: Option<u64>,
+    ) -> Result<Reserved<FakeVacant>, Vec<String>> {
         self.world.step(Side::Target);
         if plan.config != [1, 2, 3] {
             return Err(vec!["another configuration".to_owned()]);
@@ -336,7 +342,8 @@ impl Host for FakeHost {
             ram: Ram(vec![0; PAGES * PAGE_SIZE]),
             state: Vec::new(),
         };
-        Ok(Reserved { guest, locks_seen: !self.habits.blind, warnings: Vec::new() })
+        let locks_seen = !self.habits.blind && lock_mark == Some(1 << 62);
+        Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
     }
 }
 
@@ -356,8 +363,8 @@ impl Vacant for FakeVacant {
         FakeLive::section_ids(1)
     }
 
-    fn try_restore(&mut self, example: &[Section]) -> Result<(), Vec<String>> {
-        self.restore(example)
+    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
+        self.restore(example).map(|()| Vec::new())
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {

@@ -1,5 +1,9 @@
 //! The bytes of version 1 of the sections of vCPUs, clock and interrupt controllers, frozen.
 
+use kvm_bindings::{
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
+};
 use vmm_migration::state::{from_body, to_body};
 
 use super::chip_state::ChipStateV1;
@@ -42,4 +46,27 @@ fn interrupt_controllers() {
     let golden = [1, 1, 1, 2, 2, 3, 4];
     assert_eq!(to_body(&state), golden);
     assert_eq!(from_body::<ChipStateV1>("irqchip", 1, &golden).unwrap(), state);
+}
+
+/// As long as the specification says.
+#[test]
+fn kernel_structs() {
+    let protocol = include_str!("../../../migration/PROTOCOL.md");
+    let words: Vec<_> = protocol.split_whitespace().collect();
+    let sizes = [
+        ("`kvm_irqchip`", size_of::<kvm_irqchip>()),
+        ("`kvm_regs`", size_of::<kvm_regs>()),
+        ("`kvm_sregs`", size_of::<kvm_sregs>()),
+        ("`kvm_xsave`", size_of::<kvm_xsave>()),
+        ("`kvm_xcrs`", size_of::<kvm_xcrs>()),
+        ("`kvm_debugregs`", size_of::<kvm_debugregs>()),
+        ("`kvm_lapic_state`", size_of::<kvm_lapic_state>()),
+        ("`kvm_vcpu_events`", size_of::<kvm_vcpu_events>()),
+    ];
+    for (name, size) in sizes {
+        let told = words.windows(2).any(|pair| {
+            pair[0] == name && pair[1].trim_matches(['(', ')', ',', '.', ';']) == size.to_string()
+        });
+        assert!(told, "PROTOCOL.md doesn't say that {name} has {size} bytes");
+    }
 }

@@ -155,6 +155,12 @@ impl fmt::Display for Refused {
     }
 }
 
+/// All of them on one line.
+#[must_use]
+pub fn list(refused: &[Refused]) -> String {
+    refused.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// Reads the MSRs of a vCPU: number and value. Those that KVM can't read for this vCPU (its CPUID
 /// doesn't have them) are left out. The vCPU's CPUID must be set.
 ///

@@ -114,11 +114,11 @@ pub fn save(vcpu: &VcpuFd, plan: &MsrPlan) -> Result<VcpuStateV1, SaveError> {
 
 /// Sets a vCPU that never ran to a saved state. The guest's RAM and clock are restored already.
 ///
-/// MSRs that KVM refuses are logged if the guest can live without them.
+/// Gives the MSRs that KVM refuses if the guest can live without them.
 ///
 /// # Errors
 /// A field of the wrong length, a refused MSR that the guest needs, or KVM's own.
-pub fn restore(vcpu: &VcpuFd, state: &VcpuStateV1) -> Result<(), RestoreError> {
+pub fn restore(vcpu: &VcpuFd, state: &VcpuStateV1) -> Result<Vec<msr::Refused>, RestoreError> {
     let fail = |what| {
         move |e: kvm_ioctls::Error| RestoreError::Kernel { kind: KIND, what, source: e.into() }
     };
@@ -143,27 +143,21 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuStateV1) -> Result<(), RestoreError> {
     vcpu.set_xcrs(&xcrs).map_err(fail("KVM_SET_XCRS"))?;
     vcpu.set_debug_regs(&debug_regs).map_err(fail("KVM_SET_DEBUGREGS"))?;
     vcpu.set_lapic(&lapic).map_err(fail("KVM_SET_LAPIC"))?;
-    restore_msrs(vcpu, &state.msrs)?;
-    vcpu.set_vcpu_events(&events).map_err(fail("KVM_SET_VCPU_EVENTS"))
+    let spared = restore_msrs(vcpu, &state.msrs)?;
+    vcpu.set_vcpu_events(&events).map_err(fail("KVM_SET_VCPU_EVENTS"))?;
+    Ok(spared)
 }
 
-fn restore_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), RestoreError> {
+fn restore_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<Vec<msr::Refused>, RestoreError> {
     let refused = msr::restore(vcpu, msrs).map_err(|e| RestoreError::Kernel {
         kind: KIND,
         what: "KVM_SET_MSRS",
         source: e.into(),
     })?;
-    let (spared, needed): (Vec<_>, Vec<_>) = refused.iter().partition(|r| r.is_dispensable());
-    if !spared.is_empty() {
-        tracing::warn!("KVM refused MSRs that the guest can live without: {}", list(&spared));
-    }
+    let (spared, needed): (Vec<_>, Vec<_>) = refused.into_iter().partition(|r| r.is_dispensable());
     if needed.is_empty() {
-        return Ok(());
+        return Ok(spared);
     }
-    let why = format!("KVM refused MSRs that the guest needs: {}", list(&needed));
+    let why = format!("KVM refused MSRs that the guest needs: {}", msr::list(&needed));
     Err(RestoreError::Invalid { kind: KIND, why })
-}
-
-fn list(refused: &[&msr::Refused]) -> String {
-    refused.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

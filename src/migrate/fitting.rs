@@ -1,0 +1,130 @@
+//! Whether a host has what a guest needs besides its CPU: disks that nobody else has, TAPs, memory. All that is
+//! missing is told, one line each.
+
+use std::path::Path;
+
+use vmm_migration::plan::Plan;
+
+use crate::backend::disk::DiskError;
+use crate::backend::lock::{LockError, Obstacle};
+use crate::backend::tap::Tap;
+use crate::chain::chain;
+use crate::config::Config;
+use crate::machine::Machine;
+use crate::memory::PAGE_SIZE;
+
+/// What the disks' locks tell at reservation.
+#[derive(Default)]
+pub(super) struct Locks {
+    /// The source's are seen on all writable disks, and there is one.
+    pub seen: bool,
+    /// Somebody else holds these.
+    pub reasons: Vec<String>,
+    /// The source's aren't seen on these.
+    pub warnings: Vec<String>,
+}
+
+/// Looks for the source's locks, which end at `mark` if it told, and for anybody else's.
+pub(super) fn locks(machine: &Machine, mark: Option<u64>) -> Locks {
+    let mut locks = Locks::default();
+    let mut unseen = 0;
+    for disk in &machine.core.platform.disks {
+        match disk.obstacle(mark) {
+            Ok(Obstacle::Source) => locks.seen = true,
+            Ok(Obstacle::None) if !disk.is_writable() => {}
+            Ok(Obstacle::None) => {
+                unseen += 1;
+                locks.warnings.push(format!(
+                    "disk {}: the source's lock isn't seen here: it is another file than there, or its file \
+                     system shares no locks",
+                    disk.path().display()
+                ));
+            }
+            Ok(Obstacle::Other(holder)) => {
+                let held = LockError::Held { path: disk.path().to_owned(), holder };
+                locks.reasons.push(chain(&held));
+            }
+            // Where a lock can't be looked for, none can be taken.
+            Err(e) => locks.reasons.push(chain(&e)),
+        }
+    }
+    locks.seen &= unseen == 0;
+    locks
+}
+
+pub(super) fn disk_reasons(config: &Config, plan: &Plan) -> Vec<String> {
+    let size = |path: &Path| -> Result<u64, DiskError> { crate::backend::disk::size_of(path) };
+    let mut reasons = Vec::new();
+    for disk in &config.disks {
+        let Some(need) = plan.disks.iter().find(|need| need.id == disk.id) else {
+            reasons.push(format!("disk {}: the source doesn't tell its size", disk.id));
+            continue;
+        };
+        match size(&disk.path) {
+            Err(DiskError::Missing { path }) => reasons.push(format!(
+                "disk {id}: {} is not here: say where it is with --disk id={id},path=PATH",
+                path.display(),
+                id = disk.id
+            )),
+            Err(e) => reasons.push(chain(&e)),
+            Ok(bytes) if bytes != need.bytes => reasons.push(format!(
+                "disk {}: {} has {bytes} bytes here, {} at the source",
+                disk.id,
+                disk.path.display(),
+                need.bytes
+            )),
+            Ok(_) => {}
+        }
+    }
+    reasons
+}
+
+pub(super) fn layout_reason(machine: &Machine, plan: &Plan) -> Option<String> {
+    let ours = machine.core.memory.slots().iter().map(|s| (s.start / PAGE_SIZE, s.len / PAGE_SIZE));
+    let theirs = plan.ram()?.regions.iter().map(|r| (r.first_page, r.pages));
+    (!ours.eq(theirs)).then(|| "guest RAM is laid out differently here".to_owned())
+}
+
+/// TAPs that are missing here, or that somebody else has.
+pub(super) fn tap_reasons(config: &Config) -> Vec<String> {
+    let here = config.nets.iter().filter_map(|net| Some((net, Tap::open(&net.tap).err()?)));
+    here.map(|(net, e)| {
+        format!("{}: say which it is here with --net id={},tap=NAME", chain(&e), net.id)
+    })
+    .collect()
+}
+
+/// Not enough memory for what the guest has touched.
+pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
+    memory_lacking(plan.touched_pages, &std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn memory_lacking(touched_pages: u64, meminfo: &str) -> Option<String> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let available_kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    let needed_kib = touched_pages.saturating_mul(PAGE_SIZE / 1024);
+    (needed_kib > available_kib).then(|| {
+        format!(
+            "the guest uses {} MiB of memory, this host has {} MiB left",
+            needed_kib >> 10,
+            available_kib >> 10
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_held_against_what_is_left() {
+        let meminfo = "MemTotal:  4000000 kB\nMemFree:  9 kB\nMemAvailable:    1024 kB\n";
+        assert_eq!(memory_lacking(256, meminfo), None);
+        assert_eq!(
+            memory_lacking(257 + 256, meminfo).unwrap(),
+            "the guest uses 2 MiB of memory, this host has 1 MiB left"
+        );
+        assert!(memory_lacking(u64::MAX, meminfo).is_some());
+        assert_eq!(memory_lacking(u64::MAX, "nothing"), None, "who can't tell doesn't refuse");
+    }
+}
