@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::mpsc::Receiver;
 
 use serde_json::json;
-use vmm_migration::report::Report;
+use vmm_migration::report::{Outcome, Report};
 
 use crate::background;
 use crate::doubt::{Doubt, Ended};
@@ -15,6 +15,9 @@ use crate::migrate::snapshotting;
 use crate::migrate::uri::Uri;
 use crate::vm::Vm;
 use crate::watch::{Errand, Watch};
+
+/// What became of a guest that could go on nowhere.
+const DISCARDED: &str = "the guest was discarded here, as the operator said";
 
 /// How the VM's migration ended for this process.
 pub enum Moved {
@@ -74,10 +77,18 @@ impl Mover<'_> {
 fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {
     match departure {
         Departure::Moved { left, report } => {
-            reply.done(Ok(outgoing::report_json(&report)));
+            // A guest that couldn't go on here, and that the operator gave up, has moved nowhere.
+            let (answer, told) = match report.outcome {
+                Outcome::NotMoved => (Err(ApiError::conflict(DISCARDED)), DISCARDED.to_owned()),
+                Outcome::Moved | Outcome::InDoubt => {
+                    let told = format!("the guest moved to {uri}{}", told(&report));
+                    (Ok(outgoing::report_json(&report)), told)
+                }
+            };
+            reply.done(answer);
             background::enter();
             drop(left);
-            Moved::Away(format!("the guest moved to {uri}{}", told(&report)))
+            Moved::Away(told)
         }
         Departure::Stayed { vm, outcome: Ok((_, report)) } => {
             reply.done(Ok(outgoing::report_json(&report)));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fd::OwnedFd;
+use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use support::guests::Guest;
@@ -194,4 +195,33 @@ fn a_word_that_the_locks_refute_is_forgotten() {
     // Now that it holds nothing any more, the operator may have the older guest all the same.
     scene.source.tell(&["migrate", "--resolve", "resume"]);
     check_running(&mut scene.source);
+}
+
+/// Somebody takes the disk as soon as the source lets go of it, so that the guest can go on nowhere: to give it up isn't to
+/// have moved it.
+#[test]
+fn a_guest_that_is_given_up_has_not_moved() {
+    if !has_kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disk = place.path("disk");
+    std::fs::write(&disk, [0; 1 << 16]).unwrap();
+    let mut source = Vm::start(Guest::counter(), &["--disk", disk.to_str().unwrap()]);
+    source.wait_until_up();
+    let thief = std::fs::File::options().write(true).open(&disk).unwrap();
+    let (_destination, uri) = Vm::listen(&["--serial", "null"]);
+    let waits = std::thread::spawn(move || {
+        fcntl_lock(&thief, FlockOperation::LockExclusive).unwrap();
+        thief
+    });
+    let client = source.start_move(&uri, &EASY);
+    until("stands", || source.info()["state"] == "in-doubt");
+    let _thief = waits.join().unwrap();
+    assert!(source.info()["message"].as_str().unwrap().contains("can't go on yet"));
+    source.tell(&["migrate", "--resolve", "discard"]);
+    check_failed(client, "the guest was discarded here");
+    let (status, err) = source.wait();
+    assert_eq!(status, Some(0), "{err}");
+    assert!(err.ends_with("vmm: the guest was discarded here, as the operator said\n"), "{err}");
 }
