@@ -12,6 +12,12 @@ use std::process::Command;
 use support::guests::Guest;
 use support::moves::{EASY, check_last_line, until};
 use support::vm::{LONG, Place, Vm, binary, has_kvm};
+use vmm::api::socket;
+use vmm::migrate::verdicts::Verdicts;
+use vmm_migration::message::{Message, Reasons, Resolve};
+use vmm_migration::plan::MigrationId;
+use vmm_migration::target::Verdict;
+use vmm_migration::wire::{self, StreamKind};
 
 /// A directory for `PATH`, with `vmm` and a stand-in for ssh that runs its command here, as a shell there would.
 fn programs(place: &Place) -> PathBuf {
@@ -109,6 +115,35 @@ fn only_listed_disks_are_opened() {
     other.wait_until_up();
     let (_refusing, uri) = Vm::listen(&["--only-listed"]);
     other.try_move(&uri, &EASY).check_failed(&["its kernel's files", "--only-listed"]);
+}
+
+/// What became of a migration is told meanwhile, too, as far as it is kept for other processes.
+#[test]
+fn a_source_in_doubt_is_answered_while_another_guest_comes() {
+    if !has_kvm() {
+        return;
+    }
+    let pid = std::process::id().to_le_bytes();
+    let id = MigrationId(std::array::from_fn(|i| pid[i % 4] ^ 0x5a));
+    Verdicts::of_this_host().keep(&Verdict::never_activated(id, "it was full"));
+    let source = Vm::start(Guest::counter(), &["--serial", "null"]);
+    source.wait_until_up();
+    let (destination, uri) = Vm::listen(&[]);
+    let _client = source.start_move(&uri, &["--bandwidth", "1M"]);
+    source.until_pre_copy();
+    let mut stream = UnixStream::connect(destination.place.path("move.sock")).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    let question = Message::Resolve(Resolve { protocol_min: 1, protocol_max: 1, id });
+    let mut bytes = wire::preamble(StreamKind::Live).to_vec();
+    wire::put_record(&mut bytes, question.kind(), &question.body());
+    stream.write_all(&bytes).unwrap();
+    stream.read_exact(&mut bytes[..wire::preamble(StreamKind::Live).len()]).unwrap();
+    let mut body = Vec::new();
+    let (head, _) = wire::read_record(&mut stream, &mut body).unwrap();
+    let answer = Message::parse(head.kind, &body).unwrap();
+    assert_eq!(answer, Message::NeverActivated(Reasons::one("it was full")));
+    assert_eq!(source.info()["state"], "migrating");
+    std::fs::remove_file(socket::directory().unwrap().join(format!("{id}.verdict"))).unwrap();
 }
 
 #[test]

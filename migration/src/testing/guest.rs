@@ -364,7 +364,7 @@ impl Vacant for FakeVacant {
     }
 
     fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
-        self.restore(example).map(|()| Vec::new())
+        self.restore(example).map(|()| vec!["an MSR is spared".to_owned()])
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {

@@ -80,6 +80,7 @@ fn a_clean_run_moves_the_guest() {
         assert_eq!((run.ending, run.breaches.len()), (Ending::Moved, 0), "seed {seed}: {run:?}");
         let report = run.report.expect("a report");
         assert!(report.rounds.len() >= 2 && report.downtime.is_some(), "{report:?}");
+        assert_eq!(report.warnings, ["an MSR is spared"]);
         let kinds: Vec<_> = records(&run.sent[0]).iter().map(|(_, head)| head.kind).collect();
         let (pages, other) = match older_target || crc {
             true => (record::PAGES, record::PAGES2),

@@ -195,6 +195,17 @@ fn a_refused_msr_that_the_guest_needs_is_an_error() {
 }
 
 #[test]
+fn a_refused_msr_that_the_guest_can_spare_is_told() {
+    let Some(kvm) = kvm() else { return };
+    let vm = Vm::new(&kvm, 1);
+    let mut state = vm.save(0);
+    // IA32_FEATURE_CONTROL has reserved bits.
+    state.msrs.push((0x3a, u64::MAX));
+    let spared = vcpu_state::restore(&vm.vcpus[0], &state).unwrap();
+    assert_eq!(msr::list(&spared), "0x3a = 0xffffffffffffffff");
+}
+
+#[test]
 fn chip_state_survives_a_move() {
     let Some(kvm) = kvm() else { return };
     let (source, target) = (Vm::new(&kvm, 1).vm, Vm::new(&kvm, 1).vm);
