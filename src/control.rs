@@ -123,6 +123,8 @@ impl Control<'_> {
             GuestExit::Reset if machine.reset_by_panic() => GuestExit::Panic,
             other => other,
         };
+        // Who has gone away since waits for no end.
+        self.stopping.retain(Reply::is_awaited);
         let again = exit == GuestExit::Reset
             && self.stopping.is_empty()
             && machine.config().on_reboot == OnReboot::Reset;
@@ -133,11 +135,19 @@ impl Control<'_> {
         let config = machine.config().clone();
         // The old machine gives its disks and TAPs back before the new one takes them.
         drop(machine);
+        self.forget_guest();
         tracing::info!("the guest resets");
         match boot(config, self.console, self.events) {
             Ok(running) => Next::Go(Vm::Running(running)),
             Err(e) => Next::End(Err(e.into())),
         }
+    }
+
+    /// Drops what a machine that is gone still told: its vCPUs went on until they were stopped, and what they did
+    /// would count as the next machine's.
+    fn forget_guest(&mut self) {
+        self.deferred.extend(self.inbox.try_iter());
+        self.deferred.retain(|event| !matches!(event, Event::Guest(_) | Event::Vcpu { .. }));
     }
 
     fn end(&mut self, vm: Vm, why: String) -> Next {

@@ -192,6 +192,8 @@ pub struct SnapshotRequest {
 pub enum Answer {
     /// The request is under way. Any number of them comes before `Done`.
     Progress(Value),
+    /// Nothing to tell: sent to learn whether anybody waits.
+    Still,
     /// The request's end.
     Done(Result<Value, ApiError>),
 }
@@ -239,6 +241,12 @@ impl Reply {
     /// Tells how far the request is. False if the client has gone away.
     pub fn progress(&self, value: Value) -> bool {
         self.0.send(Answer::Progress(value)).is_ok()
+    }
+
+    /// Whether the client still waits, as far as is known.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        self.0.send(Answer::Still).is_ok()
     }
 
     /// Ends the request.

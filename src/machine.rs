@@ -383,18 +383,16 @@ fn create_vcpus(
     if usize::try_from(count).is_ok_and(|c| c > most) {
         return Err(MachineError::TooManyCpus { asked: count, most });
     }
-    (0..count)
-        .map(|index| {
-            let fd =
-                vm.create_vcpu(u64::from(index)).map_err(MachineError::kvm("create a vCPU"))?;
-            fd.set_cpuid2(&cpuid::for_vcpu(cpuid, index, count))
-                .map_err(MachineError::kvm("set a vCPU's CPUID"))?;
-            let refused =
-                boot_regs::init_msrs(&fd).map_err(MachineError::kvm("set a vCPU's MSRs"))?;
-            if index == 0 && !refused.is_empty() {
-                tracing::debug!("KVM refuses the initial values of MSRs {refused:#x?}: left out");
-            }
-            Ok(Vcpu::new(index, fd, Arc::clone(msrs)))
-        })
-        .collect()
+    let (mut vcpus, mut refused) = (Vec::new(), Vec::new());
+    for index in 0..count {
+        let fd = vm.create_vcpu(u64::from(index)).map_err(MachineError::kvm("create a vCPU"))?;
+        fd.set_cpuid2(&cpuid::for_vcpu(cpuid, index, count))
+            .map_err(MachineError::kvm("set a vCPU's CPUID"))?;
+        refused.extend(boot_regs::init_msrs(&fd).map_err(MachineError::kvm("set a vCPU's MSRs"))?);
+        vcpus.push(Vcpu::new(index, fd, Arc::clone(msrs)));
+    }
+    if let Some(text) = boot_regs::refused_text(refused) {
+        tracing::warn!("{text}");
+    }
+    Ok(vcpus)
 }

@@ -9,16 +9,8 @@ use std::io;
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use rustix::fd::OwnedFd;
-use rustix::fs::{
-    FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, ftruncate, memfd_create, openat,
-    seek,
-};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
-    fsopen,
-};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -27,15 +19,17 @@ use vm_memory::{
 use vmm_devices::GuestRam;
 use vmm_migration::pages::{PageSet, Run};
 
+pub use self::backing::Backing;
+use self::backing::{LESS_HINT, open_backing};
 use crate::pagemap::Pagemap;
+
+mod backing;
 
 /// Size of a page in KVM's dirty log and in a migration, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 /// Size of a huge page, in bytes.
 const HUGE_PAGE_SIZE: u64 = 2 << 20;
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-/// The host's policy on huge pages for memory of programs: `always [madvise] never`.
-const HUGE_POLICY: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
 /// Why guest RAM could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +42,16 @@ pub enum MemoryError {
         /// The kernel's answer.
         #[source]
         source: io::Error,
+    },
+    /// More than the host has, so that it could never hold it.
+    #[error(
+        "{asked_mib} MiB of guest memory, but this host has {host_mib} MiB with its swap{LESS_HINT}"
+    )]
+    Host {
+        /// Asked for.
+        asked_mib: u64,
+        /// What there is in all.
+        host_mib: u64,
     },
     /// The range could not be mapped.
     #[error("can't map {mib} MiB of guest memory{hint}: {why}")]
@@ -85,18 +89,6 @@ pub struct MemorySlot {
     pub file_offset: u64,
 }
 
-/// Where the pages of a new RAM come from.
-#[derive(Debug)]
-pub enum Backing {
-    /// A fresh file, zeroed; of 2 MiB pages if `hugepages`.
-    Fresh {
-        /// Back it by 2 MiB pages from the host's pool. Without, it has huge pages where there are any.
-        hugepages: bool,
-    },
-    /// A snapshot's memory file, mapped privately: pages are read when the guest first touches them.
-    Private(File),
-}
-
 /// Guest RAM and its slots.
 #[derive(Debug)]
 pub struct Memory {
@@ -108,9 +100,6 @@ pub struct Memory {
     /// Of private memory: tells which pages were written. Without it, all count as touched.
     pagemap: Option<Pagemap>,
 }
-
-const LESS_HINT: &str = ": give the guest less with --mem";
-const HUGE_HINT: &str = ": reserve 2 MiB pages (sysctl vm.nr_hugepages) or drop --hugepages";
 
 impl Memory {
     /// Maps the given guest-physical ranges over one backing.
@@ -325,54 +314,6 @@ fn insert(pages: &mut PageSet, offset: u64, len: u64) {
 fn bitmap(len: usize) -> AtomicBitmap {
     let page = usize::try_from(PAGE_SIZE).ok().and_then(std::num::NonZeroUsize::new);
     AtomicBitmap::new(len, page.expect("a page has a size that fits"))
-}
-
-fn open_backing(backing: Backing, len: u64) -> Result<(File, i32, &'static str), MemoryError> {
-    match backing {
-        Backing::Private(file) => Ok((file, libc::MAP_PRIVATE | libc::MAP_NORESERVE, "")),
-        Backing::Fresh { hugepages } => {
-            let (flags, map_flags, hint) = if hugepages {
-                // Reserved when mapped: a guest must not die of SIGBUS when the pool runs dry.
-                (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED, HUGE_HINT)
-            } else {
-                (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE, LESS_HINT)
-            };
-            let fail =
-                |e: rustix::io::Errno| MemoryError::Create { hint, source: io::Error::from(e) };
-            let fd = match if hugepages { None } else { huge_tmpfs_file() } {
-                Some(fd) => fd,
-                None => memfd_create("vmm-guest-ram", flags | MemfdFlags::CLOEXEC).map_err(fail)?,
-            };
-            ftruncate(&fd, len).map_err(fail)?;
-            Ok((File::from(fd), map_flags, hint))
-        }
-    }
-}
-
-/// An unnamed file on a tmpfs that is mounted nowhere and has huge pages, if the host's policy lets programs
-/// have them (as other VMMs ask for) and we may mount (as root). With pages of 4 KiB a guest boots and goes on
-/// after a move much slower: each page that it touches first is a fault, and each TLB entry covers less.
-fn huge_tmpfs_file() -> Option<OwnedFd> {
-    let policy = std::fs::read_to_string(HUGE_POLICY).ok()?;
-    if policy.contains("[never]") {
-        return None;
-    }
-    let make = || {
-        let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-        fsconfig_set_string(&tmpfs, "huge", "within_size")?;
-        // Without a limit, as a memfd has none; tmpfs would take half of the host's memory for one.
-        fsconfig_set_string(&tmpfs, "size", "0")?;
-        fsconfig_create(&tmpfs)?;
-        let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-        let root = fsmount(&tmpfs, flags, MountAttrFlags::MOUNT_ATTR_NOEXEC)?;
-        openat(
-            &root,
-            ".",
-            OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
-            Mode::RUSR | Mode::WUSR,
-        )
-    };
-    make().inspect_err(|e| tracing::debug!("no tmpfs with huge pages: {e}")).ok()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Backing, HUGE_PAGE_SIZE, Memory, PAGE_SIZE};
+use super::{Backing, HUGE_PAGE_SIZE, Memory, MemoryError, PAGE_SIZE};
 
 const MIB: u64 = 1 << 20;
 
@@ -141,4 +141,33 @@ fn ranges_lie_so_that_huge_pages_can_be_mapped() {
             assert_eq!(ours % HUGE_PAGE_SIZE, region.start_addr().0 % HUGE_PAGE_SIZE);
         }
     }
+}
+
+#[test]
+fn what_cannot_be_mapped_is_told_with_what_to_do() {
+    // More 2 MiB pages than any host has set aside.
+    let ranges = [(GuestAddress(0), 1 << 42)];
+    let error = Memory::new(&ranges, Backing::Fresh { hugepages: true }).unwrap_err();
+    assert!(matches!(error, MemoryError::Map { mib: 4_194_304, .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.starts_with("can't map 4194304 MiB of guest memory: reserve 2 MiB pages"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_slot_that_kvm_refuses_is_told() {
+    if std::env::var_os("NO_KVM").is_some_and(|v| v == "1") {
+        return;
+    }
+    let vm = kvm_ioctls::Kvm::new().expect("/dev/kvm").create_vm().unwrap();
+    let memory = memory();
+    memory.register(&vm, false).unwrap();
+    memory.register(&vm, true).unwrap();
+    // A slot can't become shorter.
+    let shorter = Memory::new(&RANGES[1..], Backing::Fresh { hugepages: false }).unwrap();
+    let error = shorter.register(&vm, false).unwrap_err();
+    assert!(matches!(error, MemoryError::Slot { mib: 4, .. }), "{error:?}");
+    assert_eq!(error.to_string(), "KVM refused the memory slot at 0x4000000 of 4 MiB");
 }

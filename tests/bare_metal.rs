@@ -50,7 +50,7 @@ fn several_vcpus_and_much_memory_are_as_good() {
     if !has_kvm() {
         return;
     }
-    for options in [&["--cpus", "4"][..], &["--mem", "8G"], &["--cpus", "2", "--mem", "3G"]] {
+    for options in [&["--cpus", "4"][..], &["--mem", "5G"], &["--cpus", "2", "--mem", "3G"]] {
         let mut vm = Vm::start(Guest::hello(), options);
         assert_eq!(vm.read_to_end(), b"hello\n", "{options:?}");
         assert_eq!(vm.wait(), (Some(0), String::new()), "{options:?}");

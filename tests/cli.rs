@@ -169,17 +169,27 @@ fn help_is_complete() {
     let world = World::new();
     let top = world.says(&["--help"]);
     assert_eq!(top, world.says(&["help"]));
-    let vms = ["run", "list", "info", "pause", "resume", "stop"];
-    for command in vms.into_iter().chain(["migrate", "snapshot", "restore", "inspect"]) {
+    let moves = "listen connect cancel resolve downtime-limit timeout on-timeout bandwidth dry-run json once keep name \
+                 control serial disk net";
+    let runs =
+        "kernel mem cpus initrd cmdline disk net serial name control on-reboot hugepages cpu-model";
+    let restores = "name control serial disk net lazy eager clock";
+    let small = ["list", "info", "pause", "resume"].map(|command| (command, "json"));
+    let own =
+        [("stop", "force timeout json"), ("snapshot", "live json"), ("inspect", "json check")];
+    let big = [("run", runs), ("migrate", moves), ("restore", restores), ("cpu", "common")];
+    for (command, options) in small.into_iter().chain(own).chain(big) {
         assert!(top.contains(&format!("  {command} ")), "{command} is missing");
         let help = world.says(&[command, "--help"]);
-        assert!(help.starts_with(&format!("usage: vmm {command} ")), "{help}");
+        for option in options.split_whitespace() {
+            assert!(help.contains(&format!("--{option}")), "{command}: --{option} is missing");
+        }
+        assert!(help.starts_with(&format!("usage: vmm {command}")), "{help}");
         assert!(help.contains(&format!("\nexample: vmm {command}")), "{help}");
         assert_eq!(help, world.says(&["help", command]));
         assert_eq!(help, world.says(&[command, "-h"]));
     }
-    let version = format!("vmm {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(world.says(&["--version"]), version);
+    assert_eq!(world.says(&["--version"]), format!("vmm {}\n", env!("CARGO_PKG_VERSION")));
 }
 
 const MOVE: &[&str] = &["migrate", "--connect", "tcp:there:4444", "a"];

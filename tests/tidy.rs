@@ -4,9 +4,10 @@
 use std::fs;
 use std::path::Path;
 
-/// Lines of a file, and of one that is a test.
+/// Lines of a file, but for those that are known to have a few more.
 const LINES_MAX: usize = 400;
-const TEST_LINES_MAX: usize = 420;
+const LONGER: &[(&str, usize)] =
+    &[("migration/src/testing/guest.rs", 420), ("tests/move_trouble.rs", 420)];
 
 /// Every file with `unsafe` in it, and how often at most. One more is a decision: make it here too.
 const UNSAFE_MAX: &[(&str, usize)] = &[
@@ -88,8 +89,8 @@ fn files_say_what_they_are_for_and_stay_short() {
         if !text.starts_with("//! ") && !text.starts_with("#![doc = include_str!") {
             found.push(format!("{path} doesn't open with //!"));
         }
-        let (lines, most) =
-            (text.lines().count(), if is_test(&path) { TEST_LINES_MAX } else { LINES_MAX });
+        let known = LONGER.iter().find(|(known, _)| *known == path);
+        let (lines, most) = (text.lines().count(), known.map_or(LINES_MAX, |(_, most)| *most));
         if lines > most {
             found.push(format!("{path} has {lines} lines, over {most}"));
         }

@@ -200,6 +200,7 @@ impl Client {
         let mut streaming = false;
         loop {
             match self.next_answer(&answers)? {
+                Answer::Still => {}
                 Answer::Progress(_) if !http.streams => {}
                 Answer::Progress(value) => {
                     if !streaming {

@@ -17,7 +17,7 @@ usage: vmm run --kernel PATH --mem SIZE [OPTION]...
 Boots a VM and stays with it until it ends. On a terminal, the guest's console is yours; Ctrl-a x ends the VM.
 
   --kernel PATH       a bzImage as distributions ship it, or an ELF vmlinux
-  --mem SIZE          the guest's RAM: 512M, 4G, ... (from 32M, whole MiB)
+  --mem SIZE          the guest's RAM: 512M, 4G, ... (from 32M, whole MiB; at most the host's memory and swap)
   --cpus N            vCPUs, 1 to 254 (default 1)
   --initrd PATH       the initial RAM disk
   --cmdline STRING    the kernel's command line (default 'console=ttyS0 panic=-1'), at most 2047 bytes
@@ -34,7 +34,10 @@ Boots a VM and stays with it until it ends. On a terminal, the guest's console i
                         mtu=N      the MTU that the guest is told, 68 to 65535
   --serial stdio|null|file:PATH|unix:PATH
                       where the console goes (default stdio); file: gets output only, unix: is a socket to connect to
-  --name NAME         the VM's name: letters, digits, '.', '_', '-', up to 64 (default vm-PID)
+                      and keeps the newest 64 KiB for the next client. Output that nobody takes is dropped beyond 1 MiB,
+                      and the console says so
+  --name NAME         the VM's name: letters, digits, '.', '_', '-', up to 64 (default vm-PID); no other VM may have
+                      it in the same directory of control sockets
   --control PATH      the control socket (default $XDG_RUNTIME_DIR/vmm/NAME.sock, root /run/vmm/NAME.sock)
   --on-reboot exit|reset
                       what the guest's orderly reboot does: end the VM (default), or boot it again

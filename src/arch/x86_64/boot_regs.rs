@@ -120,22 +120,43 @@ impl BootRegs {
 /// # Errors
 /// KVM's.
 pub fn init_msrs(vcpu: &VcpuFd) -> Result<Vec<u32>, kvm_ioctls::Error> {
-    let mut refused = Vec::new();
-    if vcpu_ioctl::set_mcg_cap(vcpu, MCG_ONE_BANK).is_err() {
-        refused.push(MCG_CAP);
-    }
-    for (index, set) in [(MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK), (MISC_ENABLE, MISC_FAST_STRINGS)] {
+    init_each(|index, set| {
+        if index == MCG_CAP {
+            return Ok(vcpu_ioctl::set_mcg_cap(vcpu, set).is_ok());
+        }
         let entry = kvm_msr_entry { index, ..kvm_msr_entry::default() };
         let mut msr = Msrs::from_entries(&[entry]).expect("one entry fits");
-        if vcpu.get_msrs(&mut msr)? == 1 {
-            msr.as_mut_slice()[0].data |= set;
-            if vcpu.set_msrs(&msr)? == 1 {
-                continue;
-            }
+        if vcpu.get_msrs(&mut msr)? == 0 {
+            return Ok(false);
         }
-        refused.push(index);
+        msr.as_mut_slice()[0].data |= set;
+        Ok(vcpu.set_msrs(&msr)? == 1)
+    })
+}
+
+/// Sets bits in each MSR by `set`, which says whether KVM took them. Returns those that it didn't.
+fn init_each<E>(mut set: impl FnMut(u32, u64) -> Result<bool, E>) -> Result<Vec<u32>, E> {
+    let mut refused = Vec::new();
+    for (index, bits) in [
+        (MCG_CAP, MCG_ONE_BANK),
+        (MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK),
+        (MISC_ENABLE, MISC_FAST_STRINGS),
+    ] {
+        if !set(index, bits)? {
+            refused.push(index);
+        }
     }
     Ok(refused)
+}
+
+/// What the user is told of the MSRs that KVM refused to all of a machine's vCPUs, each named once.
+#[must_use]
+pub fn refused_text(mut refused: Vec<u32>) -> Option<String> {
+    refused.sort_unstable();
+    refused.dedup();
+    let names: Vec<_> = refused.iter().map(|index| format!("{index:#x}")).collect();
+    let names = (!names.is_empty()).then(|| names.join(", "))?;
+    Some(format!("KVM refuses the first value of MSR {names}: the guest may be slower without"))
 }
 
 /// Flat code and data segments, and a task state segment that VT-x insists on.
@@ -204,6 +225,24 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_msr_that_kvm_refuses_is_left_out_and_named_once() {
+        let mut seen = Vec::new();
+        let refused = init_each(|index, bits| {
+            seen.push((index, bits));
+            Ok::<_, ()>(index == MTRR_DEF_TYPE)
+        });
+        assert_eq!(seen, [(MCG_CAP, 1), (MTRR_DEF_TYPE, 0x806), (MISC_ENABLE, 1)]);
+        assert_eq!(refused, Ok(vec![MCG_CAP, MISC_ENABLE]));
+        assert_eq!(init_each(|_, _| Ok::<_, ()>(true)), Ok(vec![]));
+        assert_eq!(init_each(|_, _| Err(5)), Err(5));
+
+        let of_two = vec![MISC_ENABLE, MCG_CAP, MISC_ENABLE, MCG_CAP];
+        let text = refused_text(of_two).unwrap();
+        assert!(text.contains("MSR 0x179, 0x1a0: the guest may be slower"), "{text}");
+        assert_eq!(refused_text(Vec::new()), None);
+    }
 
     #[test]
     fn descriptors_are_the_well_known_ones() {
