@@ -1,25 +1,36 @@
-//! A stock guest moves from one host to another over a network: this file runs in both of two emulated
-//! hosts at once. Host 1 boots the guest and sends it off; host 2 takes it in and judges.
+//! Stock guests move from one host to another over a network: this file runs in both of two emulated
+//! hosts at once. Host 1 boots a guest and sends it off; host 2 takes it in and judges. Its disk is storage that
+//! both hosts reach: a block device, written to past the hosts' page caches.
 
 #[path = "support/hosts.rs"]
 mod hosts;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use hosts::{MIGRATION_PORT, TEST_PORT, console, env, finished, guest_file, until, vmm, wait_for};
 
-/// Host 1: boots a guest that counts, and moves it.
-fn source() {
+/// The guests that move, one after the other: kernel and vCPUs.
+const GUESTS: [(&str, u32); 3] = [("6.12-cloud", 1), ("6.1-cloud", 2), ("6.12-cloud", 4)];
+
+/// The storage that both hosts reach, and how long a block on it is.
+const SHARED: &str = "/dev/vdb";
+const BLOCK_LEN: usize = 512;
+
+/// Host 1: boots a guest that counts, on its console and in the blocks of its disk, and moves it.
+fn source(kernel: &str, cpus: u32) {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("console");
-    let count = "i=0; while :; do echo tick $i $(cut -d. -f1 /proc/uptime) $(date +%s); i=$((i+1)); \
-                 usleep 100000; done";
-    let (kernel, initrd) =
-        (guest_file("vmlinux-6.12-cloud"), guest_file("initramfs-6.12-cloud.cpio"));
+    // A tick is told when its block is on the disk.
+    let count = "until [ -b /dev/vda ]; do usleep 50000; done; grep -c ^processor /proc/cpuinfo; i=0; \
+                 while :; do printf '%-511s\\n' 'block '$i | \
+                 dd of=/dev/vda bs=512 seek=$i conv=notrunc,fsync 2>/dev/null || exit 1; \
+                 echo tick $i $(cut -d. -f1 /proc/uptime) $(date +%s); i=$((i+1)); usleep 50000; done";
+    let initrd = guest_file(&format!("initramfs-{kernel}.cpio"));
     let mut running = vmm(&["run", "--mem", "128M", "--name", "wanderer", "--kernel"])
-        .arg(kernel)
+        .arg(guest_file(&format!("vmlinux-{kernel}")))
+        .args(["--cpus", &cpus.to_string(), "--disk", &format!("{SHARED},direct,id=data")])
         .arg("--initrd")
         .arg(initrd)
         .arg("--serial")
@@ -28,6 +39,7 @@ fn source() {
         .spawn()
         .unwrap();
     wait_for(&log, "tick 5 ", &mut running);
+    assert!(console(&log).contains(&format!("\n{cpus}\r\ntick 0 ")), "{}", console(&log));
     let uri = format!("tcp:{}:{MIGRATION_PORT}", env("PEER"));
     let report = until("the destination never took the guest", || {
         // Generous: a fifth of a second is little on two emulated CPUs.
@@ -84,12 +96,21 @@ fn destination() {
         (next, uptime, date) = (next + 1, fields[1], fields[2]);
     }
     assert!(next >= 15, "too few ticks: {whole}");
+    // Nothing of it is in this host's cache: the guest's disk was opened with `direct`.
+    let mut disk = vec![0; usize::try_from(next).unwrap() * BLOCK_LEN];
+    File::open(SHARED).unwrap().read_exact(&mut disk).unwrap();
+    for (number, block) in disk.chunks(BLOCK_LEN).enumerate() {
+        let found = String::from_utf8_lossy(block);
+        assert_eq!(found, format!("{:<511}\n", format!("block {number}")), "block {number}");
+    }
 }
 
 #[test]
-fn a_stock_guest_moves_to_another_host_over_tcp() {
-    match env("HOST").as_str() {
-        "1" => source(),
-        _ => destination(),
+fn stock_guests_move_to_another_host_over_tcp() {
+    for (kernel, cpus) in GUESTS {
+        match env("HOST").as_str() {
+            "1" => source(kernel, cpus),
+            _ => destination(),
+        }
     }
 }

@@ -180,13 +180,12 @@ fn maps_ahead() -> bool {
     (numbers.next(), numbers.next()) >= (Some(6), Some(11))
 }
 
-#[test]
-fn four_vcpus_take_their_clocks_along() {
-    const NAME: &str = "four_vcpus_take_their_clocks_along";
-    with_guest(NAME, || {
+/// A guest that only keeps its memory and its time moves twice, by either link.
+fn take_clocks_along(name: &str, kernel: &'static str, cpus: u32) {
+    with_guest(name, || {
         let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, ..Load::default() };
-        let guest = Guest::new("6.12-cloud").cpus(4).mem("160M");
-        let mut trip = Trip::start(guest.file("load", load::program()).run(&load.script(NAME)));
+        let guest = Guest::new(kernel).cpus(cpus).mem("160M");
+        let mut trip = Trip::start(guest.file("load", load::program()).run(&load.script(name)));
         trip.log = "debug";
         for link in [Link::Tcp, Link::Unix] {
             trip.move_on(link, &[], &EASY);
@@ -196,6 +195,22 @@ fn four_vcpus_take_their_clocks_along() {
             );
         }
         let told = trip.finish();
-        trip.check(told.0.contains("load: starts on 4 vCPUs"), "it has fewer vCPUs");
+        let starts = format!("load: starts on {cpus} vCPUs");
+        trip.check(told.0.contains(&starts), "it has other vCPUs");
     });
+}
+
+#[test]
+fn four_vcpus_take_their_clocks_along() {
+    take_clocks_along("four_vcpus_take_their_clocks_along", "6.12-cloud", 4);
+}
+
+#[test]
+fn four_vcpus_of_an_older_kernel() {
+    take_clocks_along("four_vcpus_of_an_older_kernel", "6.1-cloud", 4);
+}
+
+#[test]
+fn one_vcpu_of_a_newer_kernel() {
+    take_clocks_along("one_vcpu_of_a_newer_kernel", "6.12-cloud", 1);
 }

@@ -1,4 +1,4 @@
-//! Twenty moves in a row of one stock guest between processes that take turns.
+//! Twenty moves in a row of one stock guest, with an older kernel, between processes that take turns.
 
 #[path = "support/linux.rs"]
 mod linux;
@@ -20,7 +20,7 @@ fn twenty_moves_in_a_row() {
         return load::run(&load);
     }
     let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, ..Load::default() };
-    let guest = Guest::new("6.12-cloud").cpus(2).mem("128M");
+    let guest = Guest::new("6.1-cloud").cpus(2).mem("128M");
     let mut trip = Trip::start(guest.file("load", load::program()).run(&load.script(NAME)));
     for turn in 0..MOVES {
         let link = if turn % 2 == 0 { Link::Unix } else { Link::Tcp };
