@@ -25,6 +25,8 @@ const LEAVING: Duration = Duration::from_secs(2);
 const GREETED_MAX: usize = 16;
 /// What a source is told that comes second.
 const BUSY: &str = "another migration is under way here: try again later";
+/// What a connection is told where too many say nothing.
+const CROWD: &str = "too many connections wait here to be heard: try again in ten seconds";
 /// What a source is told where a guest has come already.
 const TAKEN: &str =
     "a guest has come here already, and this listener takes one (with --keep, many)";
@@ -186,7 +188,7 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
                 let greet = move || {
                     match others < GREETED_MAX {
                         true => greet(channel, &place, &give),
-                        false => target::refuse(channel, BUSY),
+                        false => target::refuse(channel, CROWD),
                     }
                     drop(one);
                 };
