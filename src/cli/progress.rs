@@ -156,9 +156,9 @@ fn downtime(downtime: &Value) -> String {
         comma = ", ";
     }
     match number(downtime, "release_us") {
-        0..100 => {}
+        0..1000 => {}
         release => {
-            let _ = write!(text, "; the disks were released in {} beside", milliseconds(release));
+            let _ = write!(text, "; the disks were released in {} of it", milliseconds(release));
         }
     }
     text.push('\n');
@@ -271,7 +271,7 @@ mod tests {
             line.starts_with("downtime 20.2 ms: stop 3.1 ms, dirty 0.3 ms, pages 1.2 ms, "),
             "{line}"
         );
-        assert!(line.ends_with("; the disks were released in 5.9 ms beside\n"), "{line}");
+        assert!(line.ends_with("; the disks were released in 5.9 ms of it\n"), "{line}");
     }
 
     #[test]
