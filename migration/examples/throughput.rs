@@ -111,8 +111,8 @@ impl Halted for Still {
         false
     }
 
-    fn release_disks(&mut self) -> Result<(), GuestError> {
-        Ok(())
+    fn release_disks(&mut self, _poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        Ok(Flow::Continue)
     }
 
     fn retake_disks(&mut self, _changes: Changes) -> Result<Locks, GuestError> {

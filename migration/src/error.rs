@@ -59,7 +59,7 @@ pub enum MigrateError {
     },
     /// The limit can't be met by any guest on these hosts.
     #[error(
-        "a stop takes {fixed_ms} ms before the first page (state, restore, round trips), over the limit \
+        "a stop takes {fixed_ms} ms before the first page (state, restore, round trips, flush of disks), over the limit \
          of {limit_ms} ms: raise --downtime-limit"
     )]
     Unreachable {

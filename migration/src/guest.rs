@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use crate::channel::Flow;
 use crate::pages::{PageSet, Run};
 use crate::plan::{Plan, SectionId};
 use crate::state::Section;
@@ -130,6 +131,15 @@ pub trait Live: Memory + Sized {
         None
     }
 
+    /// Makes durable what the guest wrote to its disks, while it runs on, so that little is left for
+    /// [`Halted::release_disks`]. `poll` is asked about every 100 ms, and cancels the wait: the flush is left to itself.
+    ///
+    /// # Errors
+    /// A flush failed; the migration is aborted.
+    fn flush_disks(&mut self, _poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        Ok(Flow::Continue)
+    }
+
     /// Ends tracking and lifts any throttle: the guest is as if nothing had been.
     fn stop_tracking(&mut self);
 
@@ -178,11 +188,12 @@ pub trait Halted: Memory + Sized {
     fn paused(&self) -> bool;
 
     /// Flushes the writable disks, remembers what tells whether they change (size, mtime) and releases
-    /// their locks. Called while the destination restores, so that its time doesn't add to the downtime.
+    /// their locks. Called while the destination restores, so that its time doesn't add to the downtime. `poll` is asked
+    /// about every 100 ms while the flush goes on, and cancels the wait: then no lock was released.
     ///
     /// # Errors
     /// A flush failed; the migration is aborted and the guest resumed.
-    fn release_disks(&mut self) -> Result<(), GuestError>;
+    fn release_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError>;
 
     /// Tries to take the disk locks back and looks whether the disks have changed since
     /// [`Halted::release_disks`], unless changes are [`Changes::Trusted`]: then too it remembers for the next try what they

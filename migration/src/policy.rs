@@ -14,6 +14,8 @@ use crate::pages::PAGE_SIZE;
 pub const THROTTLE_PERCENT_MAX: u8 = 99;
 /// How small each round has to be beside the one before, to make a downtime within the limit shorter still.
 const SHRINK: f64 = 0.7;
+/// After so many flushes of the guest's disks the next is taken to last as long as the last.
+const FLUSHES_MAX: u32 = 10;
 /// Rate assumed before anything was sent, in bytes a second.
 const RATE_UNKNOWN: f64 = 1e9;
 /// A page and its share of the table, on the wire.
@@ -68,6 +70,41 @@ impl Default for Limits {
     }
 }
 
+/// What a stop costs before the first page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fixed {
+    /// Stopping the guest and saving its state.
+    pub stop: Duration,
+    /// The state, as it is sent.
+    pub state_bytes: u64,
+    /// Restoring it at the destination.
+    pub restore: Duration,
+    /// There and back.
+    pub round_trip: Duration,
+    /// Flushing the disks, which the source does while it waits for the destination.
+    pub flush: Duration,
+}
+
+impl Fixed {
+    /// All of it, at so many bytes a second.
+    #[must_use]
+    pub fn time(&self, bytes_per_s: u64) -> Duration {
+        self.at(float(bytes_per_s.max(1)))
+    }
+
+    fn at(&self, rate: f64) -> Duration {
+        // Of the hand-over's two round trips one half, the last answer's, is after the downtime.
+        let state = seconds(float(self.state_bytes) / rate);
+        let parts = [self.stop, state, self.waits().max(self.flush), self.round_trip / 2];
+        parts.into_iter().fold(Duration::ZERO, Duration::saturating_add)
+    }
+
+    /// How long the source waits for the destination to be ready.
+    pub(crate) fn waits(&self) -> Duration {
+        self.restore.saturating_add(self.round_trip)
+    }
+}
+
 /// What a round showed.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
@@ -84,7 +121,9 @@ pub struct Measured {
     /// The time in which they became so.
     pub dirty_time: Duration,
     /// The fixed cost of the stop.
-    pub fixed: Duration,
+    pub fixed: Fixed,
+    /// How often the disks' flush was measured for it.
+    pub flushes: u32,
     /// The bandwidth cap, in bytes a second.
     pub bandwidth: Option<u64>,
     /// Pages dirtied by each vCPU in this round. Empty: not known.
@@ -120,6 +159,8 @@ pub struct Verdict {
     pub decision: Decision,
     /// The downtime if the guest were stopped now.
     pub downtime: Duration,
+    /// Of it, what waiting won't change.
+    pub fixed: Duration,
     /// Pages dirtied in a second.
     pub dirty_pages_per_s: u64,
     /// Bytes that go over in a second.
@@ -162,10 +203,14 @@ impl Policy {
         let rate = self.rate(now.bandwidth);
         let dirty_rate = float(now.dirty_pages) / now.dirty_time.as_secs_f64().max(1e-6);
         let transfer = float(now.pages()) * PAGE_WIRE / rate;
-        let downtime = now.fixed.saturating_add(seconds(transfer));
-        let decision = self.choose(now, downtime, transfer, dirty_rate * PAGE_WIRE / rate);
+        let downtime = now.fixed.at(rate).saturating_add(seconds(transfer));
+        let is_lasting = now.flushes >= FLUSHES_MAX;
+        let flush = if is_lasting { now.fixed.flush } else { Duration::ZERO };
+        let fixed = Fixed { flush, ..now.fixed }.at(rate);
+        let ratio = dirty_rate * PAGE_WIRE / rate;
+        let decision = self.choose(now, [downtime, fixed], transfer, ratio);
         let (dirty_pages_per_s, send_bytes_per_s) = (whole(dirty_rate), whole(rate));
-        Verdict { decision, downtime, dirty_pages_per_s, send_bytes_per_s }
+        Verdict { decision, downtime, fixed, dirty_pages_per_s, send_bytes_per_s }
     }
 
     fn rate(&self, bandwidth: Option<u64>) -> f64 {
@@ -181,21 +226,21 @@ impl Policy {
     fn choose(
         &mut self,
         now: &Measured,
-        downtime: Duration,
+        [downtime, fixed]: [Duration; 2],
         transfer: f64,
         ratio: f64,
     ) -> Decision {
-        let fixed = now.fixed.as_secs_f64();
+        let small = (fixed.as_secs_f64() / 4.0).max(0.001);
         let dirty_pages = float(now.pages());
         let shrank = dirty_pages < std::mem::replace(&mut self.dirty_pages, dirty_pages) * SHRINK;
         if downtime <= self.limits.downtime {
-            let worth = transfer > (fixed / 4.0).max(0.001) && ratio < SHRINK && shrank;
+            let worth = transfer > small && ratio < SHRINK && shrank;
             if worth && now.elapsed < self.limits.timeout {
                 return Decision::Continue;
             }
             return Decision::StopAndCopy;
         }
-        let hopeless = now.fixed > self.limits.downtime && transfer <= (fixed / 4.0).max(0.001);
+        let hopeless = fixed > self.limits.downtime && transfer <= small;
         let (on_timeout, timeout) = (self.limits.on_timeout, self.limits.timeout);
         match on_timeout {
             OnTimeout::StopAndCopy if hopeless || now.elapsed >= timeout => Decision::StopAndCopy,

@@ -4,6 +4,10 @@ use super::*;
 
 const MS: Duration = Duration::from_millis(1);
 
+fn fixed(ms: u32) -> Fixed {
+    Fixed { stop: MS * ms, ..Fixed::default() }
+}
+
 /// A round over a link of 1 GB/s, with a fixed cost of 5 ms.
 fn measured(elapsed_ms: u32, dirty_pages: u64, dirty_ms: u32) -> Measured {
     Measured {
@@ -12,7 +16,7 @@ fn measured(elapsed_ms: u32, dirty_pages: u64, dirty_ms: u32) -> Measured {
         data_time: MS * 100,
         dirty_pages,
         dirty_time: MS * dirty_ms,
-        fixed: MS * 5,
+        fixed: fixed(5),
         ..Measured::default()
     }
 }
@@ -35,7 +39,7 @@ fn the_fixed_cost_counts() {
     // 10,000 pages are 41 ms: with 5 ms of fixed cost within the limit, with 15 ms not.
     let mut now = measured(100, 10_000, 10);
     assert_eq!(policy(OnTimeout::Abort).decide(&now).decision, Decision::StopAndCopy);
-    now.fixed = MS * 15;
+    now.fixed = fixed(15);
     assert_eq!(policy(OnTimeout::Abort).decide(&now).decision, Decision::Continue);
 }
 
@@ -125,7 +129,7 @@ fn a_fixed_cost_over_the_limit_is_said_at_once() {
         (OnTimeout::Throttle, Decision::Unreachable),
         (OnTimeout::StopAndCopy, Decision::StopAndCopy),
     ] {
-        let now = Measured { fixed: MS * 60, ..measured(10, 20, 100) };
+        let now = Measured { fixed: fixed(60), ..measured(10, 20, 100) };
         assert_eq!(policy(on_timeout).decide(&now).decision, decision);
     }
 }
@@ -144,4 +148,32 @@ fn nothing_measured_does_no_harm() {
     assert_eq!(verdict.decision, Decision::StopAndCopy);
     let endless = Measured { dirty_pages: u64::MAX, ..Measured::default() };
     assert_eq!(policy(OnTimeout::Abort).decide(&endless).decision, Decision::Continue);
+}
+
+#[test]
+fn the_fixed_cost_has_all_its_parts() {
+    let ms = |ms| MS * ms;
+    let parts =
+        Fixed { stop: ms(1), state_bytes: 40_000, restore: ms(3), round_trip: ms(2), flush: ms(4) };
+    // 40 kB at 1 Mbit/s; the flush ends before the destination is ready.
+    assert_eq!(parts.time(125_000), ms(1 + 320 + 3 + 2 + 1));
+    assert_eq!(Fixed { flush: ms(50), ..parts }.time(40_000_000), ms(1 + 1 + 50 + 1));
+    let most = Fixed { restore: Duration::MAX, state_bytes: u64::MAX, ..parts };
+    assert_eq!(most.time(0), Duration::MAX);
+}
+
+#[test]
+fn a_slow_flush_is_waited_for_a_while_and_a_state_too_large_is_not() {
+    let decide =
+        |fixed| policy(OnTimeout::Abort).decide(&Measured { fixed, ..measured(10, 20, 100) });
+    let verdict = decide(Fixed { flush: MS * 60, ..fixed(5) });
+    assert!(verdict.downtime > MS * 65, "{verdict:?}");
+    assert_eq!((verdict.decision, verdict.fixed), (Decision::Continue, MS * 5));
+    let fixed_60 = Fixed { flush: MS * 60, ..fixed(5) };
+    let now = Measured { fixed: fixed_60, flushes: 10, ..measured(10, 20, 100) };
+    let verdict = policy(OnTimeout::Abort).decide(&now);
+    assert_eq!((verdict.decision, verdict.fixed), (Decision::Unreachable, MS * 65));
+    // 100 MB at 1 GB/s.
+    let verdict = decide(Fixed { state_bytes: 100_000_000, ..fixed(5) });
+    assert_eq!((verdict.decision, verdict.fixed), (Decision::Unreachable, MS * 105));
 }

@@ -15,12 +15,13 @@ use crate::guest::{Changes, Live};
 use crate::message::{Message, Reads, Reasons};
 use crate::pages::Run;
 use crate::plan::{MigrationId, Plan, SectionId};
-use crate::policy::Limits;
+use crate::policy::{Fixed, Limits};
 use crate::report::{Observer, Outcome, Progress, Report, micros};
 use crate::wire::Algorithm;
 
 mod aborted;
 pub mod doubt;
+mod flush;
 pub mod handover;
 mod precopy;
 mod reservation;
@@ -94,7 +95,7 @@ pub struct Reserved<L> {
     pub(crate) guest: L,
     pub(crate) plan: Plan,
     pub(crate) locks_seen: bool,
-    pub(crate) fixed: Duration,
+    pub(crate) fixed: Fixed,
 }
 
 /// What all stages share.

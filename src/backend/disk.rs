@@ -136,9 +136,8 @@ impl DiskHandle {
         lock::take(&self.file, &self.path, self.mode)
     }
 
-    /// Lets the lock go, after [`Self::flush`] so that the next holder finds all that was written.
+    /// Lets the lock go; [`Self::flush`] comes before, so that the next holder finds all that was written.
     pub fn release_lock(&self) -> Result<(), DiskError> {
-        self.flush()?;
         Ok(lock::release(&self.file, &self.path)?)
     }
 
@@ -184,8 +183,8 @@ impl DiskHandle {
         move |source| DiskError::Kernel { path: self.path.clone(), what, source }
     }
 
-    /// Makes what was written durable. A migration calls it once while the guest still runs, so that
-    /// little is left for [`Self::release_lock`] in the downtime.
+    /// Makes what was written durable. A migration does that while the guest still runs, so that little is left to do
+    /// before [`Self::release_lock`] in the downtime.
     pub fn flush(&self) -> Result<(), DiskError> {
         if self.mode == LockMode::Shared {
             return Ok(());

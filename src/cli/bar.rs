@@ -82,7 +82,7 @@ impl Bar {
         let stage = p["stage"].as_str().unwrap_or_default();
         let (mut text, mut short) = (String::new(), vec![stage.to_owned()]);
         // The destination doesn't know how much is left.
-        if let Some(done) = (BAR_WIDTH * (self.pages - left)).checked_div(self.pages) {
+        if let Some(done) = BAR_WIDTH.saturating_mul(self.pages - left).checked_div(self.pages) {
             text.push('[');
             (0..BAR_WIDTH).for_each(|i| text.push(if i < done { '#' } else { '.' }));
             text.push_str("] ");
@@ -98,7 +98,7 @@ impl Bar {
             let bytes = format_measured(number(p, "bytes"));
             let _ = write!(text, " · {bytes} {} · {}/s", self.done, format_measured(rate));
             last = vec![format!("{}/s", format_measured(rate)), bytes];
-            let us = (left * PAGE_BYTES).saturating_mul(1_000_000).checked_div(rate);
+            let us = left.saturating_mul(PAGE_BYTES).saturating_mul(1_000_000).checked_div(rate);
             if let (Some(us), true) = (us, self.pages > 0) {
                 let _ = write!(text, " · {} left", seconds(us));
                 short.push(format!("{} left", seconds(us)));
@@ -126,7 +126,7 @@ impl Bar {
     /// Bytes per second over the last moments.
     fn rate(&mut self, elapsed_us: u64, bytes: u64) -> u64 {
         self.seen.push_back((elapsed_us, bytes));
-        while self.seen.len() > 2 && self.seen[1].0 + RATE_SPAN_US < elapsed_us {
+        while self.seen.len() > 2 && self.seen[1].0.saturating_add(RATE_SPAN_US) < elapsed_us {
             self.seen.pop_front();
         }
         let (since_us, before) = self.seen[0];
@@ -193,6 +193,20 @@ mod tests {
             "pre-copy 12, 1.2 s left, downtime 6.7 s, dirties 351.5 MiB/s, 28.6 MiB/s, 28.6 MiB"
         );
         assert!(cut(&line, 80).contains("28.6 MiB/s"));
+    }
+
+    #[test]
+    fn any_number_has_its_line() {
+        for n in [1, u64::MAX / 2, u64::MAX] {
+            let mut bar = Bar::new("sent");
+            for elapsed in [0, n] {
+                let progress = json!({ "stage": "pre-copy", "round": n, "elapsed_us": elapsed,
+                    "pages_left": n, "bytes": elapsed, "dirty_pages_per_s": n,
+                    "expected_downtime_us": n, "throttle_percent": n });
+                assert!(bar.line(&progress, 300).contains("[....................]"));
+                bar.line(&progress, 80);
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The source's guest: live, and halted.
 
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
+use vmm_migration::channel::Flow;
 use vmm_migration::guest::{Changes, Example, Failed, GuestError, Halted, Live, Locks, Memory};
 use vmm_migration::pages::{PageSet, Run};
 use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
@@ -10,6 +12,7 @@ use vmm_migration::state::Section;
 
 use super::dirtiers::Dirtiers;
 use super::tracking;
+use crate::backend::disk::DiskHandle;
 use crate::backend::fingerprint::Fingerprint;
 use crate::backend::lock;
 use crate::machine::{Core, Machine};
@@ -26,6 +29,8 @@ pub struct LiveGuest {
     stall_us: u64,
 }
 
+/// How often a wait looks up.
+const LOOK: Duration = Duration::from_millis(100);
 const HERE: &str = "the guest is back before the method returns";
 
 impl LiveGuest {
@@ -123,6 +128,10 @@ impl Live for LiveGuest {
         Some(std::mem::take(&mut self.stall_us))
     }
 
+    fn flush_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        flush(&self.core().platform.disks, poll)
+    }
+
     fn stop_tracking(&mut self) {
         if let Err(e) = self.throttle(&[]) {
             tracing::warn!("the throttle can't be lifted: {e}");
@@ -185,15 +194,18 @@ impl Halted for HaltedGuest {
         self.paused
     }
 
-    fn release_disks(&mut self) -> Result<(), GuestError> {
+    fn release_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
         self.released.clear();
-        for disk in &self.machine.core.platform.disks {
-            disk.flush()?;
+        let disks = &self.machine.core.platform.disks;
+        if flush(disks, poll)? == Flow::Cancel {
+            return Ok(Flow::Cancel);
+        }
+        for disk in disks {
             let fingerprint = if disk.is_writable() { Some(disk.fingerprint()?) } else { None };
             self.released.push(fingerprint);
             disk.release_lock()?;
         }
-        Ok(())
+        Ok(Flow::Continue)
     }
 
     fn retake_disks(&mut self, changes: Changes) -> Result<Locks, GuestError> {
@@ -224,6 +236,32 @@ impl Halted for HaltedGuest {
         let Self { machine, paused, .. } = self;
         tracking::stop(&machine.core.vm, &machine.core.memory);
         Ok(LiveGuest::new(Vm::go_on(machine, paused)))
+    }
+}
+
+/// Flushes the writable disks, on a thread of its own: nobody can tell how long storage takes, nor stop it.
+fn flush(disks: &[DiskHandle], poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+    let disks: Vec<_> = disks.iter().filter(|disk| disk.is_writable()).cloned().collect();
+    if disks.is_empty() {
+        return Ok(Flow::Continue);
+    }
+    let (give, result) = mpsc::channel();
+    let flushing = move || {
+        let flushed = disks.iter().try_for_each(DiskHandle::flush);
+        // Before anybody counts on it that only the machine has them.
+        drop(disks);
+        drop(give.send(flushed));
+    };
+    std::thread::Builder::new().name("flush".to_owned()).spawn(flushing)?;
+    loop {
+        match result.recv_timeout(LOOK) {
+            Ok(flushed) => return Ok(flushed.map(|()| Flow::Continue)?),
+            Err(RecvTimeoutError::Disconnected) => unreachable!("it sends before it ends"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if poll() == Flow::Cancel {
+            return Ok(Flow::Cancel);
+        }
     }
 }
 

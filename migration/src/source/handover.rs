@@ -129,8 +129,7 @@ impl Common {
         observer: &mut dyn Observer,
     ) -> Result<(), MigrateError> {
         let start = self.channel.now();
-        guest.release_disks().map_err(self.guest_error("releasing the disks"))?;
-        downtime.release_us = micros(self.channel.now() - start);
+        downtime.release_us = micros(self.release_disks(guest, observer)?);
         let still = self.options.deadlines.halted;
         let ready: Ready = self.receive("Ready", still, observer, |message| match message {
             Message::Ready(ready) => Ok(ready),
@@ -230,12 +229,13 @@ impl<L: Live> Source<Stopped<L>> {
                 let now = common.channel.now();
                 let way_back = common.report.round_trip_us / 2;
                 downtime.activate_us = activated.activate_us;
-                downtime.commit_us =
-                    micros(now - start).saturating_sub(activated.activate_us + way_back);
+                downtime.commit_us = micros(now - start)
+                    .saturating_sub(activated.activate_us)
+                    .saturating_sub(way_back);
                 downtime.total_us = micros(now - began).saturating_sub(way_back);
                 let before_save = downtime.stop_us + downtime.dirty_us + downtime.pages_us;
                 common.report.guest_stall_us =
-                    activated.guest_stall_us.map(|since_save| since_save + before_save);
+                    activated.guest_stall_us.map(|us| us.saturating_add(before_save));
                 common.report.downtime = Some(downtime);
                 let mut poll = || Flow::Continue;
                 let limit = Duration::from_secs(1);

@@ -10,7 +10,7 @@ use crate::guest::Live;
 use crate::message::{Message, PING_PADDING_MAX, RoundEnd};
 use crate::pages::PageSet;
 use crate::plan::Plan;
-use crate::policy::{Decision, Measured, Policy, Verdict};
+use crate::policy::{Decision, Fixed, Measured, Policy, Verdict};
 use crate::report::{Forecast, Observer, Outcome, Report, Round, Stage, micros};
 
 /// The spans of a forecast's samples, in milliseconds from a common start.
@@ -82,13 +82,14 @@ impl Common {
         &mut self,
         guest: &mut L,
         plan: &Plan,
-        fixed: Duration,
+        mut fixed: Fixed,
         observer: &mut dyn Observer,
     ) -> Result<(PageSet, Duration), MigrateError> {
         let mut policy = Policy::new(self.options.limits);
         let mut sender = Sender::new(self);
         let mut set = PageSet::new();
         let mut throttle = Vec::new();
+        let (mut flushes, writable) = (0, plan.disks.iter().any(|disk| !disk.read_only));
         let began = self.channel.now();
         let limits = self.options.limits;
         self.cut_at = limits.cut_after().map(|after| began.saturating_add(after));
@@ -107,6 +108,10 @@ impl Common {
             }
             sender.flush(self, observer)?;
             let acked = self.end_round(round, sender.sent.pages, observer)?;
+            if !fixed.flush.is_zero() {
+                fixed.flush = self.flush_disks(guest, observer)?;
+                flushes += 1;
+            }
             set.clear();
             guest.dirty_pages(&mut set).map_err(self.guest_error("collecting dirty pages"))?;
             set.union(&sender.left);
@@ -124,6 +129,7 @@ impl Common {
                 left_pages,
                 dirty_time: now - collected,
                 fixed,
+                flushes,
                 bandwidth: self.options.bandwidth,
                 dirty_by_vcpu: guest.dirty_by_vcpu(dirty_pages),
             };
@@ -148,11 +154,21 @@ impl Common {
                 self.forecast_after_round_0(&measured, &verdict, bytes);
             }
             match verdict.decision {
+                Decision::StopAndCopy
+                    if writable && flushes == 0 && measured.elapsed < limits.timeout =>
+                {
+                    flushes = 1;
+                    fixed.flush = self.flush_disks(guest, observer)?;
+                    // Else another round, for what the guest dirtied meanwhile; and the flush counts.
+                    if fixed.flush <= fixed.waits() {
+                        return Ok((set, verdict.downtime));
+                    }
+                }
                 Decision::StopAndCopy => return Ok((set, verdict.downtime)),
                 Decision::Continue => {}
                 Decision::Throttle(percent) => self.throttle(guest, percent, &mut throttle),
                 Decision::TimedOut | Decision::Unreachable => {
-                    return Err(self.given_up(&verdict, fixed));
+                    return Err(self.given_up(&verdict));
                 }
             }
         }
@@ -236,7 +252,7 @@ impl Common {
             pages: self.progress.pages_total,
             touched_pages: measured.pages(),
             send_bytes_per_s: verdict.send_bytes_per_s,
-            fixed: measured.fixed,
+            fixed: measured.fixed.time(verdict.send_bytes_per_s),
             downtime: limits.downtime,
             timeout: limits.timeout,
         });
@@ -248,17 +264,17 @@ impl Common {
         self.report.forecast = Some(Forecast {
             converges: made.converges || stop_now,
             rounds: if stop_now { 1 } else { made.rounds + 1 },
-            total_us: elapsed + more_us,
-            bytes: made.bytes + sent,
+            total_us: elapsed.saturating_add(more_us),
+            bytes: made.bytes.saturating_add(sent),
             downtime_us,
             ..made
         });
     }
 
-    fn given_up(&self, verdict: &Verdict, fixed: Duration) -> MigrateError {
+    fn given_up(&self, verdict: &Verdict) -> MigrateError {
         match verdict.decision {
             Decision::Unreachable => MigrateError::Unreachable {
-                fixed_ms: fixed.as_millis(),
+                fixed_ms: verdict.fixed.as_millis(),
                 limit_ms: self.options.limits.downtime.as_millis(),
             },
             _ => MigrateError::NoConvergence {
@@ -273,7 +289,7 @@ impl Common {
         &mut self,
         guest: &mut L,
         plan: &Plan,
-        fixed: Duration,
+        fixed: Fixed,
         observer: &mut dyn Observer,
     ) -> Result<Forecast, MigrateError> {
         let send_bytes_per_s = self.probe(observer)?;
@@ -304,7 +320,7 @@ impl Common {
             pages: self.progress.pages_total,
             touched_pages: plan.touched_pages,
             send_bytes_per_s,
-            fixed,
+            fixed: fixed.time(send_bytes_per_s),
             downtime: limits.downtime,
             timeout: limits.timeout,
         });

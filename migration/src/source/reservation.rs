@@ -12,8 +12,11 @@ use crate::message::{
     Reads, Reserve,
 };
 use crate::plan::Plan;
+use crate::policy::Fixed;
 use crate::report::{Observer, Progress, Report, Stage, micros};
 use crate::source::Aborted;
+use crate::state::Section;
+use crate::wire::{HEAD_LEN, SUM_LEN};
 
 impl Source<Connected> {
     /// Stage 0, pre-migration: greets the destination over a fresh connection.
@@ -119,7 +122,7 @@ impl Common {
         &mut self,
         guest: &mut L,
         observer: &mut dyn Observer,
-    ) -> Result<(Plan, Accepted, Duration), MigrateError> {
+    ) -> Result<(Plan, Accepted, Fixed), MigrateError> {
         let mut plan = guest
             .plan(self.reads.version(CONFIG_KIND))
             .map_err(self.guest_error("describing the guest"))?;
@@ -138,6 +141,7 @@ impl Common {
             .map_err(self.guest_error("saving an example of the state"))?;
         self.sections.clone_from(&plan.sections);
         self.report.example_stop_us = example.stop_us;
+        let state_bytes = example.sections.iter().map(record_bytes).sum();
         let example_sections = u32::try_from(example.sections.len()).unwrap_or(u32::MAX);
         let reserve = Reserve { plan, example_sections, dry_run: self.options.dry_run };
         let reserve = Message::Reserve(Box::new(reserve));
@@ -158,10 +162,13 @@ impl Common {
         self.report.round_trip_us = micros(round_trip);
         self.report.warnings.clone_from(&accepted.warnings);
         self.report.trial_restore_us = accepted.trial_restore_us;
-        // Of the hand-over's two round trips one half, the last answer's, is after the downtime.
-        let fixed = Duration::from_micros(example.stop_us)
-            + Duration::from_micros(accepted.trial_restore_us.unwrap_or(0))
-            + round_trip * 3 / 2;
+        let fixed = Fixed {
+            stop: Duration::from_micros(example.stop_us),
+            state_bytes,
+            restore: Duration::from_micros(accepted.trial_restore_us.unwrap_or(0)),
+            round_trip,
+            flush: Duration::ZERO,
+        };
         Ok((reserve.plan, accepted, fixed))
     }
 
@@ -198,4 +205,10 @@ impl Common {
             other => Err(other),
         })
     }
+}
+
+/// A section's record, in bytes.
+fn record_bytes(section: &Section) -> u64 {
+    const NUMBERS: usize = 1 + 4 + 2;
+    (HEAD_LEN + NUMBERS + section.kind.len() + section.body.len() + SUM_LEN) as u64
 }

@@ -1,15 +1,13 @@
 //! A fake guest: some pages, a random dirtier that runs between any two steps, a dirty log that
 //! behaves like KVM's, one disk.
 
-use std::cell::Cell;
 use std::time::Duration;
 
 use super::Random;
+use super::link::End;
 use super::world::{Side, World};
-use crate::guest::{
-    Active, Changes, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved,
-    SignWatch, Vacant,
-};
+use crate::channel::{Clock, Flow};
+use crate::guest::{Changes, Example, Failed, GuestError, Halted, Live, Locks, Memory};
 use crate::pages::{PAGE_SIZE, PageSet, Run};
 use crate::plan::{CpuNeeds, DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId, Space};
 use crate::state::Section;
@@ -36,13 +34,21 @@ pub struct Habits {
     pub blind: bool,
     /// At the target it gives its first sign when it was looked for so often before. `None`: never.
     pub sign_after: Option<u64>,
+    /// Bytes of its state, beside a few.
+    pub state_bytes: usize,
+    /// What a flush of its disk takes while it runs, and when it stands, in milliseconds.
+    pub flush_ms: [u64; 2],
 }
 
 /// RAM. Of each page only [`CELLS`] bytes are ever written, to keep comparing cheap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Ram(Vec<u8>);
+pub(super) struct Ram(pub(super) Vec<u8>);
 
 impl Ram {
+    pub(super) fn zero() -> Self {
+        Self(vec![0; PAGES * PAGE_SIZE])
+    }
+
     fn at(page: u64) -> usize {
         let mut before = 0;
         for region in REGIONS {
@@ -55,7 +61,7 @@ impl Ram {
         panic!("page {page} is outside");
     }
 
-    fn bytes(&mut self, run: Run) -> &mut [u8] {
+    pub(super) fn bytes(&mut self, run: Run) -> &mut [u8] {
         let start = Self::at(run.first());
         let mut regions = REGIONS.iter().filter_map(|region| region.run());
         assert!(regions.any(|region| region.contains(run)), "{run:?} is not in one region");
@@ -85,6 +91,8 @@ pub struct FakeLive {
     devices: PageSet,
     disk_at_release: Option<u64>,
     counter: u64,
+    /// Tells what a flush takes.
+    clock: Option<End>,
 }
 
 impl FakeLive {
@@ -97,16 +105,34 @@ impl FakeLive {
             world: world.clone(),
             random: Random::new(seed),
             habits,
-            ram: Ram(vec![0; PAGES * PAGE_SIZE]),
+            ram: Ram::zero(),
             touched: PageSet::new(),
             tracking: false,
             log: PageSet::new(),
             devices: PageSet::new(),
             disk_at_release: None,
             counter: 0,
+            clock: None,
         };
         (0..12).for_each(|_| guest.write());
         guest
+    }
+
+    /// With the time that its flushes take.
+    #[must_use]
+    pub fn with_clock(self, clock: End) -> Self {
+        Self { clock: Some(clock), ..self }
+    }
+
+    /// Looks up each 10 ms.
+    fn flush(&self, ms: u64, poll: &mut dyn FnMut() -> Flow) -> Flow {
+        for _ in 0..ms / 10 {
+            self.clock.iter().for_each(|clock| clock.sleep(Duration::from_millis(10)));
+            if poll() == Flow::Cancel {
+                return Flow::Cancel;
+            }
+        }
+        Flow::Continue
     }
 
     /// One step of the world; the guest runs meanwhile.
@@ -137,13 +163,14 @@ impl FakeLive {
         self.world.state().disk += 1;
     }
 
-    fn section_ids(version: u16) -> Vec<SectionId> {
+    pub(super) fn section_ids(version: u16) -> Vec<SectionId> {
         let id = |kind: &str, instance| SectionId { kind: kind.to_owned(), instance, version };
         vec![id("vcpu", 0), id("vcpu", 1), id("disk", 0)]
     }
 
     fn save(&self) -> Vec<Section> {
-        let counter = self.counter.to_le_bytes().to_vec();
+        let mut counter = self.counter.to_le_bytes().to_vec();
+        counter.resize(counter.len() + self.habits.state_bytes / 3, 0);
         let section = |id: SectionId| Section {
             kind: id.kind,
             instance: id.instance,
@@ -235,6 +262,10 @@ impl Live for FakeLive {
         Ok(())
     }
 
+    fn flush_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        Ok(self.flush(self.habits.flush_ms[0], poll))
+    }
+
     fn stop_tracking(&mut self) {
         self.tracking = false;
         self.log.clear();
@@ -281,12 +312,15 @@ impl Halted for FakeHalted {
         self.0.habits.paused
     }
 
-    fn release_disks(&mut self) -> Result<(), GuestError> {
+    fn release_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        if self.0.flush(self.0.habits.flush_ms[1], poll) == Flow::Cancel {
+            return Ok(Flow::Cancel);
+        }
         self.0.world.step(Side::Source);
         self.0.disk_at_release = Some(self.0.world.state().disk);
         self.0.world.unlock(Side::Source);
         self.0.world.step(Side::Source);
-        Ok(())
+        Ok(Flow::Continue)
     }
 
     fn retake_disks(&mut self, changes: Changes) -> Result<Locks, GuestError> {
@@ -314,104 +348,3 @@ impl Halted for FakeHalted {
         Ok(self.0)
     }
 }
-
-/// The target's machine.
-#[derive(Debug)]
-pub struct FakeHost {
-    /// The world.
-    pub world: World,
-    /// The guest's habits, where they show at the target.
-    pub habits: Habits,
-}
-
-impl Host for FakeHost {
-    type Vacant = FakeVacant;
-
-    fn reserve(
-        &mut self,
-        plan: &Plan,
-        lock_mark: Option<u64>,
-    ) -> Result<Reserved<FakeVacant>, Vec<String>> {
-        self.world.step(Side::Target);
-        if plan.config != [1, 2, 3] {
-            return Err(vec!["another configuration".to_owned()]);
-        }
-        let guest = FakeVacant {
-            world: self.world.clone(),
-            habits: self.habits,
-            ram: Ram(vec![0; PAGES * PAGE_SIZE]),
-            state: Vec::new(),
-        };
-        let locks_seen = !self.habits.blind && lock_mark == Some(1 << 62);
-        Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
-    }
-}
-
-/// The target's guest before it runs.
-#[derive(Debug)]
-pub struct FakeVacant {
-    world: World,
-    habits: Habits,
-    ram: Ram,
-    state: Vec<u8>,
-}
-
-impl Vacant for FakeVacant {
-    type Running = FakeRunning;
-
-    fn parts(&self) -> Vec<SectionId> {
-        FakeLive::section_ids(1)
-    }
-
-    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
-        self.restore(example).map(|()| vec!["an MSR is spared".to_owned()])
-    }
-
-    fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
-        Ok(self.ram.bytes(run))
-    }
-
-    fn zero(&mut self, run: Run) -> Result<(), GuestError> {
-        self.ram.bytes(run).fill(0);
-        Ok(())
-    }
-
-    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
-        self.world.step(Side::Target);
-        self.state.clone_from(&sections[0].body);
-        Ok(())
-    }
-
-    fn activate(self, paused: bool) -> Result<Active<FakeRunning>, GuestError> {
-        self.world.state().hand(Side::Target);
-        self.world.step(Side::Target);
-        if self.habits.activation_fails || !self.world.lock(Side::Target) {
-            self.world.state().hand(Side::Source);
-            return Err("the disk's lock is held".into());
-        }
-        self.world.step(Side::Target);
-        self.world.run(Side::Target);
-        {
-            let mut state = self.world.state();
-            state.disk += 1;
-            state.activations += 1;
-            if state.at_stop != Some((self.ram.0.clone(), self.state.clone())) {
-                state.breaches.push("activated with other memory or state".to_owned());
-            }
-        }
-        self.world.step(Side::Target);
-        let looks = Cell::new(0);
-        let sign_after = self.habits.sign_after;
-        let first_sign = (!paused).then(|| {
-            SignWatch::new(move || {
-                let before = looks.replace(looks.get() + 1);
-                sign_after.is_some_and(|after| before >= after).then_some(Duration::ZERO)
-            })
-        });
-        Ok(Active { running: FakeRunning(()), guest_stall_us: None, first_sign })
-    }
-}
-
-/// The target's guest, running.
-#[derive(Debug)]
-pub struct FakeRunning(());

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::guest::{FakeHost, FakeLive, Habits};
+use super::guest::{FakeLive, Habits};
+use super::host::FakeHost;
 use super::sim::{Scenario, run};
 use super::world::World;
 use crate::channel::{Channel, Clock, Flow};
 use crate::message::Message;
 use crate::plan::MigrationId;
-use crate::policy::Limits;
+use crate::policy::{Limits, OnTimeout};
 use crate::report::Progress;
 use crate::source::{Commitment, Deadlines, Options};
 use crate::target::{self, Opening};
@@ -48,7 +49,7 @@ impl Clock for Frozen {
 }
 
 /// Bodies of the records that a clean run sends.
-fn lines(side: usize) -> Vec<(u32, Vec<u8>)> {
+pub(super) fn lines(side: usize) -> Vec<(u32, Vec<u8>)> {
     let scenario = Scenario { seed: 1, capacity: 1 << 16, ..Scenario::default() };
     let sent = run(&scenario, true).sent[side].clone();
     let mut rest = &sent[PREAMBLE_LEN..];
@@ -119,7 +120,7 @@ fn told(mut lines: Vec<(u32, Vec<u8>)>, lie: &Lie) -> Vec<u8> {
 }
 
 /// A target that hears this; whether it activated the guest.
-fn target_hears(stream: Vec<u8>) -> bool {
+pub(super) fn target_hears(stream: Vec<u8>) -> bool {
     let world = World::new(None);
     world.state().at_stop = None;
     let mut host = FakeHost { world: world.clone(), habits: Habits::default() };
@@ -140,19 +141,28 @@ fn target_hears(stream: Vec<u8>) -> bool {
 }
 
 /// A source that hears this; what became of its guest.
-fn source_hears(stream: Vec<u8>) -> &'static str {
+pub(super) fn source_hears(stream: Vec<u8>) -> &'static str {
+    source_hears_at(stream, Frozen, OnTimeout::Abort)
+}
+
+/// ... by this clock, whatever the downtime.
+pub(super) fn source_hears_at(
+    stream: Vec<u8>,
+    clock: impl Clock + 'static,
+    on_timeout: OnTimeout,
+) -> &'static str {
     let world = World::new(None);
     let guest = FakeLive::new(&world, 1, Habits::default());
     let options = Options {
         id: MigrationId([7; 16]),
         software: "test".into(),
-        limits: Limits::default(),
+        limits: Limits { on_timeout, ..Limits::default() },
         bandwidth: None,
         pages_checksum: Algorithm::Xxh64,
         deadlines: Deadlines::default(),
         dry_run: false,
     };
-    let channel = Channel::new(Script(io::Cursor::new(stream)), Frozen);
+    let channel = Channel::new(Script(io::Cursor::new(stream)), clock);
     let mut observer = |_: &Progress| Flow::Continue;
     match crate::source::migrate(channel, options, guest, &mut observer) {
         Ok(Commitment::Moved(_)) => "moved",

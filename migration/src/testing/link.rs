@@ -70,6 +70,7 @@ struct Shared {
     short: [u32; 2],
     trickle: [bool; 2],
     slice: Duration,
+    rate: Option<u64>,
     fault: Option<Fault>,
     capacity: usize,
     record: bool,
@@ -96,6 +97,7 @@ impl Link {
             short: [0; 2],
             trickle: [false; 2],
             slice: SLICE,
+            rate: None,
             fault,
             capacity,
             record,
@@ -106,6 +108,11 @@ impl Link {
     /// Blocks for this long at most from here on.
     pub fn set_slice(&self, slice: Duration) {
         self.lock().slice = slice;
+    }
+
+    /// Carries so many bytes a second each way.
+    pub fn set_rate(&self, rate: Option<u64>) {
+        self.lock().rate = rate;
     }
 
     /// A side's end. Its thread calls [`End::begin`] first.
@@ -280,6 +287,9 @@ impl Shared {
                     Kind::Corrupt | Kind::Delay => {}
                 }
             }
+        }
+        if let Some(rate) = self.rate {
+            self.now += Duration::from_nanos(bytes.len() as u64 * 1_000_000_000 / rate);
         }
         let pipe = &mut self.pipes[me];
         pipe.sent += bytes.len() as u64;

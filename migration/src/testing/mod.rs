@@ -4,10 +4,13 @@
 //! For tests, of this crate and others (feature `testing`).
 
 pub mod guest;
+pub mod host;
 pub mod link;
 pub mod sim;
 pub mod world;
 
+#[cfg(test)]
+mod hostile_numbers_tests;
 #[cfg(test)]
 mod hostile_tests;
 

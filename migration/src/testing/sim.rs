@@ -9,7 +9,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::Duration;
 
-use super::guest::{FakeHost, FakeLive, Habits};
+use super::guest::{FakeLive, Habits};
+use super::host::FakeHost;
 use super::link::{End, Fault, Link};
 use super::world::{Side, World};
 use crate::channel::{Channel, Flow};
@@ -55,6 +56,8 @@ pub struct Scenario {
     pub timeout: Option<Duration>,
     /// Bytes a second at most, if not a million.
     pub bandwidth: Option<u64>,
+    /// Bytes a second that the link carries, if not all at once.
+    pub rate: Option<u64>,
 }
 
 /// How it ended.
@@ -104,7 +107,9 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
     let world = World::new(scenario.crash);
     let link = Link::new(&world, scenario.fault, scenario.capacity.max(1), record);
     scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
+    link.set_rate(scenario.rate);
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
+    let guest = guest.with_clock(link.end(Side::Source));
     let host = FakeHost { world: world.clone(), habits: scenario.habits };
     let (source, verdicts) = both(
         &link,

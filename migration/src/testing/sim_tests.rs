@@ -194,6 +194,8 @@ fn anything_at_once() {
                 activation_fails: some(&mut random, 8),
                 blind: some(&mut random, 2),
                 sign_after: some(&mut random, 2).then(|| random.below(30)),
+                flush_ms: [random.below(4) * 10, random.below(4) * 10],
+                ..Habits::default()
             },
             fault: some(&mut random, 2).then(|| {
                 let within = [600, 100_000][(random.next() % 2) as usize];
@@ -210,6 +212,7 @@ fn anything_at_once() {
             slice: some(&mut random, 8).then(|| Duration::from_millis(20)),
             crc: some(&mut random, 2),
             timeout: some(&mut random, 4).then(|| Duration::from_millis(random.below(100))),
+            rate: some(&mut random, 8).then_some(500_000),
             bandwidth: some(&mut random, 8).then_some(100_000),
         };
         tally.run(&scenario);

@@ -115,3 +115,51 @@ fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
     assert_eq!(world.state().running(), (true, false));
     (forecast, report)
 }
+
+/// A guest that has nothing to send but its state, over a link of 1 Mbit/s.
+fn stately(habits: Habits) -> Scenario {
+    Scenario {
+        habits: Habits { dirties: 0, sign_after: None, ..habits },
+        rate: Some(125_000),
+        bandwidth: Some(u64::MAX),
+        slice: Some(Duration::from_millis(1)),
+        timeout: Some(Duration::from_secs(60)),
+        ..base(51)
+    }
+}
+
+/// The downtimes predicted last and told, in microseconds.
+fn downtimes(scenario: &Scenario) -> (u64, u64) {
+    let run = Tally::default().run(scenario);
+    let report = run.report.expect("a report");
+    let expected = report.rounds.iter().rev().nth(1).expect("a round").expected_downtime_us;
+    (expected, report.downtime.expect("a downtime").total_us)
+}
+
+#[test]
+fn the_predicted_downtime_has_the_state_in_it() {
+    let (expected, told) = downtimes(&stately(Habits { state_bytes: 40_000, ..Habits::default() }));
+    assert!((320_000..350_000).contains(&told), "{told}");
+    // The rate is measured of pages, some of them zero.
+    assert!(expected.abs_diff(told) < told / 10, "{expected} predicted, {told} told");
+}
+
+#[test]
+fn the_predicted_downtime_has_a_slow_flush_in_it() {
+    let (expected, told) = downtimes(&stately(Habits { flush_ms: [80, 80], ..Habits::default() }));
+    assert!((80_000..100_000).contains(&told), "{told}");
+    assert!(expected.abs_diff(told) < told / 20, "{expected} predicted, {told} told");
+}
+
+/// `Ready` is there long before.
+#[test]
+fn a_flush_in_the_stop_is_not_the_destinations_fault() {
+    let run =
+        |ms| Tally::default().run(&stately(Habits { flush_ms: [0, ms], ..Habits::default() }));
+    let slow = run(4000);
+    assert_eq!(slow.ending, Ending::Moved, "{slow:?}");
+    let slower = run(7000);
+    let error = slower.error.expect("an error");
+    assert_eq!(slower.ending, Ending::Stayed);
+    assert!(error.contains("releasing the disks") && !error.contains("destination"), "{error}");
+}

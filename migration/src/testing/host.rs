@@ -1,0 +1,112 @@
+//! The target's end of a fake guest: the place for it, the guest before it runs, and running.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use super::guest::{FakeLive, Habits, Ram};
+use super::world::{Side, World};
+use crate::guest::{Active, GuestError, Host, Reserved, SignWatch, Vacant};
+use crate::pages::Run;
+use crate::plan::{Plan, SectionId};
+use crate::state::Section;
+
+/// The target's machine.
+#[derive(Debug)]
+pub struct FakeHost {
+    /// The world.
+    pub world: World,
+    /// The guest's habits, where they show at the target.
+    pub habits: Habits,
+}
+
+impl Host for FakeHost {
+    type Vacant = FakeVacant;
+
+    fn reserve(
+        &mut self,
+        plan: &Plan,
+        lock_mark: Option<u64>,
+    ) -> Result<Reserved<FakeVacant>, Vec<String>> {
+        self.world.step(Side::Target);
+        if plan.config != [1, 2, 3] {
+            return Err(vec!["another configuration".to_owned()]);
+        }
+        let guest = FakeVacant {
+            world: self.world.clone(),
+            habits: self.habits,
+            ram: Ram::zero(),
+            state: Vec::new(),
+        };
+        let locks_seen = !self.habits.blind && lock_mark == Some(1 << 62);
+        Ok(Reserved { guest, locks_seen, warnings: Vec::new() })
+    }
+}
+
+/// The target's guest before it runs.
+#[derive(Debug)]
+pub struct FakeVacant {
+    world: World,
+    habits: Habits,
+    ram: Ram,
+    state: Vec<u8>,
+}
+
+impl Vacant for FakeVacant {
+    type Running = FakeRunning;
+
+    fn parts(&self) -> Vec<SectionId> {
+        FakeLive::section_ids(1)
+    }
+
+    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
+        self.restore(example).map(|()| vec!["an MSR is spared".to_owned()])
+    }
+
+    fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
+        Ok(self.ram.bytes(run))
+    }
+
+    fn zero(&mut self, run: Run) -> Result<(), GuestError> {
+        self.ram.bytes(run).fill(0);
+        Ok(())
+    }
+
+    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
+        self.world.step(Side::Target);
+        self.state = sections[0].body.iter().copied().take(8).collect();
+        Ok(())
+    }
+
+    fn activate(self, paused: bool) -> Result<Active<FakeRunning>, GuestError> {
+        self.world.state().hand(Side::Target);
+        self.world.step(Side::Target);
+        if self.habits.activation_fails || !self.world.lock(Side::Target) {
+            self.world.state().hand(Side::Source);
+            return Err("the disk's lock is held".into());
+        }
+        self.world.step(Side::Target);
+        self.world.run(Side::Target);
+        {
+            let mut state = self.world.state();
+            state.disk += 1;
+            state.activations += 1;
+            if state.at_stop != Some((self.ram.0.clone(), self.state.clone())) {
+                state.breaches.push("activated with other memory or state".to_owned());
+            }
+        }
+        self.world.step(Side::Target);
+        let looks = Cell::new(0);
+        let sign_after = self.habits.sign_after;
+        let first_sign = (!paused).then(|| {
+            SignWatch::new(move || {
+                let before = looks.replace(looks.get() + 1);
+                sign_after.is_some_and(|after| before >= after).then_some(Duration::ZERO)
+            })
+        });
+        Ok(Active { running: FakeRunning(()), guest_stall_us: None, first_sign })
+    }
+}
+
+/// The target's guest, running.
+#[derive(Debug)]
+pub struct FakeRunning(());
