@@ -4,10 +4,10 @@
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-build: ## the release binary: target/x86_64-unknown-linux-gnu/release/vmm
-	cargo build --release --bin vmm
+build: ## the release binary: target/x86_64-unknown-linux-gnu/release/vmm (PROFILE=dev: debug/vmm)
+	cargo build --profile $(or $(PROFILE),release) --bin vmm
 
-run: build ## sit at the shell of a microVM (KERNEL=PATH: boot that kernel)
+run: build ## sit at the shell of a microVM (KERNEL=PATH: boot that kernel; PROFILE=dev: by that build)
 	@resources/run
 
 test: ## every test, each where it can run (see tests/run)
@@ -34,4 +34,5 @@ guest: ## Debian's stock kernels, their initramfs, and a root file system
 
 clean: ## remove what was built; what was downloaded stays (rm -r build removes it too)
 	cargo clean
-	rm -rf $${VMM_BUILD:-build}/guest $${VMM_BUILD:-build}/guest.* $${VMM_BUILD:-build}/host
+	rm -rf $${VMM_BUILD:-build}/guest $${VMM_BUILD:-build}/guest.* $${VMM_BUILD:-build}/host \
+		$${VMM_BUILD:-build}/run.*
