@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backend::disk::DiskOptions;
+
 pub use self::mac::{MacAddr, MacError};
 pub use self::saved::{SavedConfigError, VERSION};
 
@@ -278,6 +280,11 @@ impl Config {
 }
 
 impl DiskConfig {
+    /// How it is opened.
+    pub(crate) fn options(&self) -> DiskOptions {
+        DiskOptions { path: self.path.clone(), read_only: self.readonly, direct: self.direct }
+    }
+
     fn validate(&self) -> Result<(), ConfigError> {
         check_name("disk id", &self.id, ID_BYTES_MAX)?;
         let fail = |problem: String| Err(ConfigError::Disk { id: self.id.clone(), problem });

@@ -22,7 +22,7 @@ use vmm_devices::virtio::rng::Rng;
 use vmm_devices::virtio::worker::IoTask;
 
 use crate::arch::{layout, tables};
-use crate::backend::disk::{Disk, DiskError, DiskHandle, DiskOptions, Locking};
+use crate::backend::disk::{Disk, DiskError, DiskHandle, Locking};
 use crate::backend::tap::{Tap, TapError, TapHandle};
 use crate::config::{Config, DEVICES_MAX, DiskConfig, NetConfig};
 use crate::console::Console;
@@ -159,9 +159,7 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn add_disk(&mut self, disk: &DiskConfig) -> Result<DiskHandle, PlatformError> {
-        let options =
-            DiskOptions { path: disk.path.clone(), read_only: disk.readonly, direct: disk.direct };
-        let (backend, handle) = Disk::open(&options, self.locking)?;
+        let (backend, handle) = Disk::open(&disk.options(), self.locking)?;
         let device = Block::new(&disk.id, disk.serial.as_deref(), Box::new(backend));
         self.add(disk.id.clone(), Box::new(device))?;
         Ok(handle)

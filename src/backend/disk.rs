@@ -121,15 +121,6 @@ pub struct DiskHandle {
     mode: LockMode,
 }
 
-/// Size in bytes of a disk that isn't open.
-///
-/// # Errors
-/// It can't be opened for reading, or is no disk.
-pub fn size_of(path: &Path) -> Result<u64, DiskError> {
-    let options = DiskOptions { path: path.to_owned(), read_only: true, direct: false };
-    Disk::open(&options, Locking::Later)?.1.len()
-}
-
 impl DiskHandle {
     /// Takes the lock: exclusively, for a read-only disk together with other readers.
     pub fn take_lock(&self) -> Result<(), LockError> {

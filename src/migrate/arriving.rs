@@ -95,7 +95,10 @@ impl Host for Destination {
             Ok(config) => config,
             Err(more) => return Err([reasons, more].concat()),
         };
-        reasons.extend(fitting::disk_reasons(&config, plan));
+        let (disks, more) = fitting::disks(&config, plan);
+        let Locks { seen: locks_seen, reasons: held, warnings } = fitting::locks(&disks, lock_mark);
+        reasons.extend(more.into_iter().chain(held));
+        reasons.extend(fitting::layout_reason(&config, plan));
         reasons.extend(fitting::tap_reasons(&config));
         let place = self.place(&config, reasons.is_empty()).map_err(|more| reasons.extend(more));
         let (Ok((server, console)), []) = (place, reasons.as_slice()) else { return Err(reasons) };
@@ -106,11 +109,6 @@ impl Host for Destination {
         };
         let mut machine =
             Machine::new(config, origin, &console, self.events.clone()).map_err(one_line)?;
-        let Locks { seen: locks_seen, mut reasons, warnings } = fitting::locks(&machine, lock_mark);
-        reasons.extend(fitting::layout_reason(&machine, plan));
-        if !reasons.is_empty() {
-            return Err(reasons);
-        }
         machine.warm_up();
         let guest = VacantGuest { mapping: None, machine, server, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings })

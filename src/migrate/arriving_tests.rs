@@ -1,8 +1,9 @@
 //! Tests of what a destination says of a guest before it makes a place for it.
 
-use vmm_migration::plan::{CpuNeeds, DiskNeed, Plan};
+use vmm_migration::plan::{CpuNeeds, DiskNeed, Plan, Region, SPACE_RAM, Space};
 
 use super::*;
+use crate::backend::lock::{self, LockMode};
 use crate::config::{
     BootSource, CpuModel, DiskConfig, MIB, MacAddr, NetConfig, OnReboot, SerialTarget,
 };
@@ -70,7 +71,24 @@ fn every_reason_is_told_at_once() {
         serial: Some(SerialTarget::File("/nowhere/log".into())),
         ..Overrides::default()
     });
-    let Err(mut reasons) = here.reserve(&plan(), None) else { panic!("it has a place here") };
+    // Another of its disks is here, in other hands.
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1024).unwrap();
+    lock::take(image.as_file(), image.path(), LockMode::Exclusive).unwrap();
+    let mut plan = plan();
+    plan.config = String::from_utf8(plan.config)
+        .unwrap()
+        .replace(
+            r#""disks":["#,
+            &format!(
+                r#""disks":[{{"id":"data","path":"{}","readonly":false,"direct":false,"serial":null}},"#,
+                image.path().display()
+            ),
+        )
+        .into();
+    plan.disks.push(DiskNeed { id: "data".into(), ..plan.disks[0].clone() });
+    plan.spaces = vec![Space { id: SPACE_RAM, regions: vec![Region { first_page: 0, pages: 1 }] }];
+    let Err(mut reasons) = here.reserve(&plan, Some(1)) else { panic!("it has a place here") };
     // Without KVM that is the first reason.
     if std::env::var_os("NO_KVM").is_some_and(|v| v == "1") {
         reasons[0] = "the guest is for s390x".to_owned();
@@ -80,7 +98,10 @@ fn every_reason_is_told_at_once() {
         &[
             "the guest is for s390x",
             "MiB of memory, this host has",
+            "has 1024 bytes here, 512 at the source",
             "/nowhere/root.img is not here: say where it is with --disk id=root,path=PATH",
+            "locked by another disk of this VM",
+            "guest RAM is laid out differently here",
             "say which it is here with --net id=net0,tap=NAME",
             "/proc/none",
             "--serial file:/nowhere/log",

@@ -1,16 +1,14 @@
 //! Whether a host has what a guest needs besides its CPU: disks that nobody else has, TAPs, memory. All that is
 //! missing is told, one line each.
 
-use std::path::Path;
-
 use vmm_migration::plan::Plan;
 
-use crate::backend::disk::DiskError;
+use crate::arch::layout;
+use crate::backend::disk::{Disk, DiskError, DiskHandle, Locking};
 use crate::backend::lock::{LockError, Obstacle};
 use crate::backend::tap::Tap;
 use crate::chain::chain;
 use crate::config::Config;
-use crate::machine::Machine;
 use crate::memory::PAGE_SIZE;
 
 /// What the disks' locks tell at reservation.
@@ -25,10 +23,10 @@ pub(super) struct Locks {
 }
 
 /// Looks for the source's locks, which end at `mark` if it told, and for anybody else's.
-pub(super) fn locks(machine: &Machine, mark: Option<u64>) -> Locks {
+pub(super) fn locks(disks: &[DiskHandle], mark: Option<u64>) -> Locks {
     let mut locks = Locks::default();
     let mut unseen = 0;
-    for disk in &machine.core.platform.disks {
+    for disk in disks {
         match disk.obstacle(mark) {
             Ok(Obstacle::Source) => locks.seen = true,
             Ok(Obstacle::None) if !disk.is_writable() => {}
@@ -52,35 +50,41 @@ pub(super) fn locks(machine: &Machine, mark: Option<u64>) -> Locks {
     locks
 }
 
-pub(super) fn disk_reasons(config: &Config, plan: &Plan) -> Vec<String> {
-    let size = |path: &Path| -> Result<u64, DiskError> { crate::backend::disk::size_of(path) };
-    let mut reasons = Vec::new();
+/// The guest's disks as they are here, and what is wrong with them.
+pub(super) fn disks(config: &Config, plan: &Plan) -> (Vec<DiskHandle>, Vec<String>) {
+    let (mut disks, mut reasons) = (Vec::new(), Vec::new());
     for disk in &config.disks {
         let Some(need) = plan.disks.iter().find(|need| need.id == disk.id) else {
             reasons.push(format!("disk {}: the source doesn't tell its size", disk.id));
             continue;
         };
-        match size(&disk.path) {
+        let opened = Disk::open(&disk.options(), Locking::Later);
+        match opened.and_then(|(_, handle)| Ok((handle.len()?, handle))) {
             Err(DiskError::Missing { path }) => reasons.push(format!(
                 "disk {id}: {} is not here: say where it is with --disk id={id},path=PATH",
                 path.display(),
                 id = disk.id
             )),
             Err(e) => reasons.push(chain(&e)),
-            Ok(bytes) if bytes != need.bytes => reasons.push(format!(
-                "disk {}: {} has {bytes} bytes here, {} at the source",
-                disk.id,
-                disk.path.display(),
-                need.bytes
-            )),
-            Ok(_) => {}
+            Ok((bytes, handle)) => {
+                if bytes != need.bytes {
+                    reasons.push(format!(
+                        "disk {}: {} has {bytes} bytes here, {} at the source",
+                        disk.id,
+                        disk.path.display(),
+                        need.bytes
+                    ));
+                }
+                disks.push(handle);
+            }
         }
     }
-    reasons
+    (disks, reasons)
 }
 
-pub(super) fn layout_reason(machine: &Machine, plan: &Plan) -> Option<String> {
-    let ours = machine.core.memory.slots().iter().map(|s| (s.start / PAGE_SIZE, s.len / PAGE_SIZE));
+pub(super) fn layout_reason(config: &Config, plan: &Plan) -> Option<String> {
+    let ours = layout::ram_ranges(config.ram_bytes);
+    let ours = ours.iter().map(|(start, len)| (start.0 / PAGE_SIZE, len / PAGE_SIZE));
     let theirs = plan.ram()?.regions.iter().map(|r| (r.first_page, r.pages));
     (!ours.eq(theirs)).then(|| "guest RAM is laid out differently here".to_owned())
 }

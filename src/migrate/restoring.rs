@@ -98,7 +98,8 @@ pub fn restore(
     let snapshot = Snapshot::open(dir).map_err(damaged)?;
     let plan = &snapshot.header.plan;
     let config = here.configure(plan).map_err(RestoreFault::Unfit)?;
-    let mut reasons = fitting::disk_reasons(&config, plan);
+    let (_, mut reasons) = fitting::disks(&config, plan);
+    reasons.extend(fitting::layout_reason(&config, plan));
     if load == Load::Eager {
         reasons.extend(fitting::memory_reason(plan));
     }
@@ -123,8 +124,7 @@ pub fn restore(
     let mut machine = Machine::new(config, origin, &console, here.events.clone())?;
     let first = machine.vcpus.first().map(|v| v.fd()).expect("a machine has a vCPU");
     let offer = Offer::of(machine.core.host.cpuid.clone(), &machine.core.vm, first);
-    let mut reasons = cpu::lacking(&plan.cpu, &offer);
-    reasons.extend(fitting::layout_reason(&machine, plan));
+    let reasons = cpu::lacking(&plan.cpu, &offer);
     if !reasons.is_empty() {
         return Err(RestoreFault::Unfit(reasons));
     }

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ impl Vm {
         let socket = place.path("move.sock");
         let uri = format!("unix:{}", socket.display());
         let vm = Self::listen_at(place, &uri, options);
-        until("listens", || socket.exists());
+        until("listens", || listens(&socket));
         (vm, uri)
     }
 
@@ -42,7 +43,7 @@ impl Vm {
         command.args(["migrate", "--listen", &uri, "--keep"]).args(options).env_remove("VMM_LOG");
         command.env("XDG_RUNTIME_DIR", place.path(""));
         let vm = Self::spawn(place, command);
-        until("listens", || socket.exists());
+        until("listens", || listens(&socket));
         (vm, uri)
     }
 
@@ -113,6 +114,15 @@ pub const EASY: [&str; 2] = ["--downtime-limit", "10s"];
 pub fn listen_output(uri: &str) -> Output {
     let mut command = Command::new(binary());
     command.args(["migrate", "--listen", uri]).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Whether somebody listens there: the socket is there a moment before.
+fn listens(socket: &Path) -> bool {
+    // Columns: number, references, protocol, flags (0x10000: it listens), type, state, inode, path.
+    std::fs::read_to_string("/proc/net/unix").unwrap().lines().any(|line| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        columns.get(3) == Some(&"00010000") && columns.get(7).map(Path::new) == Some(socket)
+    })
 }
 
 /// Waits until something is so.
