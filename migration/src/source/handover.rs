@@ -147,11 +147,7 @@ impl Common {
         // The cap has no say any more: these are twenty bytes, and the guest stands.
         self.channel.set_bandwidth(None);
         let (progress, before) = (self.progress, self.channel.sent_bytes());
-        let mut poll = || {
-            // What the observer wants can't be had from here on.
-            let _ = observer.observe(&progress);
-            Flow::Continue
-        };
+        let mut poll = shown(observer, progress);
         let limit = self.options.deadlines.answer;
         let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
         let written = self.channel.send(&Message::Commit(Commit { id }), &mut wait);
@@ -169,10 +165,7 @@ impl Common {
             return None;
         }
         let progress = Progress { stage: Stage::Activation, ..self.progress };
-        let mut poll = || {
-            let _ = observer.observe(&progress);
-            Flow::Continue
-        };
+        let mut poll = shown(observer, progress);
         let limit = self.options.deadlines.first_sign;
         let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
         match self.channel.recv("FirstSign", &mut wait) {
@@ -181,6 +174,14 @@ impl Common {
             }
             _ => None,
         }
+    }
+}
+
+/// The observer sees it. What it wants can't be had any more.
+fn shown(observer: &mut dyn Observer, progress: Progress) -> impl FnMut() -> Flow {
+    move || {
+        let _ = observer.observe(&progress);
+        Flow::Continue
     }
 }
 
