@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread;
 
-use linux::{Guest, LONG};
+use linux::{Ended, Guest, LONG, Vm};
 use net::{in_namespace, ip};
 
 const LEN: usize = 64 << 20;
@@ -35,6 +35,45 @@ fn digest(program: &str, input: &[u8]) -> String {
     String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
 }
 
+/// What the guest's driver agreed to, a digit for each bit: checksums, TSO and mergeable buffers both ways, and
+/// what a move needs.
+fn check_offloads(ended: &Ended) {
+    let features: Vec<_> = ended.value("features").chars().collect();
+    for (bit, name) in [
+        (0, "CSUM"),
+        (1, "GUEST_CSUM"),
+        (3, "MTU"),
+        (5, "MAC"),
+        (7, "GUEST_TSO4"),
+        (8, "GUEST_TSO6"),
+        (11, "HOST_TSO4"),
+        (12, "HOST_TSO6"),
+        (15, "MRG_RXBUF"),
+        (16, "STATUS"),
+        (21, "GUEST_ANNOUNCE"),
+        (28, "RING_INDIRECT_DESC"),
+        (29, "RING_EVENT_IDX"),
+        (32, "VERSION_1"),
+    ] {
+        ended.check(features.get(bit) == Some(&'1'), &format!("{name} isn't negotiated"));
+    }
+}
+
+/// Another VM is told who has the TAP, or that there is none: one line, status 1.
+fn vm_has_the_tap(vm: &mut Vm) {
+    let second = Guest::new("6.12-cloud");
+    vm.wait_for("init: userspace is up");
+    for (tap, words) in [
+        ("tap0", format!("tap 'tap0': in use by pid {}", vm.pid())),
+        ("tap1", "tap 'tap1': no such interface; create it with 'ip tuntap add tap1".to_owned()),
+    ] {
+        let output = second.command().args(["--net", &format!("tap={tap}")]).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(&words) && stderr.lines().count() == 1, "{stderr}");
+    }
+}
+
 /// The guest takes the data from one connection and gives it back on another.
 #[test]
 fn ping_and_64_mib_each_way() {
@@ -55,6 +94,7 @@ fn ping_and_64_mib_each_way() {
         let script = r#"
             echo "mac=$(cat /sys/class/net/eth0/address)"
             echo "mtu=$(cat /sys/class/net/eth0/mtu)"
+            echo "features=$(cat /sys/class/net/eth0/device/features)"
             ping -c 3 -W 20 10.9.8.1 || exit 1
             nc 10.9.8.1 7001 < /dev/null > /data || exit 2
             echo "sum=$(md5sum < /data | cut -d ' ' -f 1)"
@@ -63,11 +103,14 @@ fn ping_and_64_mib_each_way() {
             true
         "#;
         let guest = Guest::new("6.12-cloud").elf().cpus(2).mem("512M").run(script);
-        let ended = guest
+        let mut vm = guest
             .option("--net", "tap=tap0,mac=02:00:00:00:00:2a,mtu=1400")
             .cmdline("vmm.ip=10.9.8.2/24")
-            .boot();
+            .start();
+        vm_has_the_tap(&mut vm);
+        let ended = vm.wait();
         ended.check_basics(2);
+        check_offloads(&ended);
         ended.check_value("mac", "02:00:00:00:00:2a").check_value("mtu", "1400");
         ended.check(ended.console.contains("3 packets received"), "ping lost packets");
         ended.check_value("sum", &digest("md5sum", &data));

@@ -55,7 +55,7 @@ fn release(kernel: &str) -> String {
 /// A guest to be.
 pub struct Guest {
     kernel: &'static str,
-    image: &'static str,
+    image: String,
     mem: String,
     cmdline: String,
     options: Vec<String>,
@@ -70,7 +70,7 @@ impl Guest {
     pub fn new(kernel: &'static str) -> Self {
         Self {
             kernel,
-            image: "vmlinuz",
+            image: "vmlinuz".to_owned(),
             mem: "256M".to_owned(),
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
             options: Vec::new(),
@@ -82,7 +82,14 @@ impl Guest {
 
     /// Boots the ELF vmlinux.
     pub fn elf(mut self) -> Self {
-        self.image = "vmlinux";
+        self.image = "vmlinux".to_owned();
+        self
+    }
+
+    /// Boots these bytes as its bzImage.
+    pub fn image(mut self, image: &[u8]) -> Self {
+        self.image = self.path("image").display().to_string();
+        fs::write(format!("{}-{}", self.image, self.kernel), image).unwrap();
         self
     }
 
@@ -179,8 +186,7 @@ impl Guest {
     }
 
     fn spawn(self, mut command: Command) -> Vm {
-        command.stdin(Stdio::piped());
-        command.stdout(File::create(self.path("console")).unwrap());
+        command.stdin(Stdio::piped()).stdout(File::create(self.path("console")).unwrap());
         command.stderr(File::create(self.path("stderr")).unwrap());
         let mut child = command.spawn().unwrap();
         let stdin = child.stdin.take().unwrap();
