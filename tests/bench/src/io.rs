@@ -60,9 +60,12 @@ fn serve() -> Result<()> {
     let sink = TcpListener::bind("10.9.0.1:5001")?;
     let source = TcpListener::bind("10.9.0.1:5002")?;
     std::thread::spawn(move || {
-        for stream in sink.incoming() {
-            let (mut piece, Ok(mut stream)) = (vec![0; 1 << 20], stream) else { continue };
-            while let Ok(1..) = stream.read(&mut piece) {}
+        // A thread for each: the connection of a guest that was killed stays, and others come.
+        for mut stream in sink.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut piece = vec![0; 1 << 20];
+                while let Ok(1..) = stream.read(&mut piece) {}
+            });
         }
     });
     std::thread::spawn(move || {
