@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::backend::disk::DiskOptions;
 
@@ -98,8 +98,7 @@ pub enum ConfigError {
 }
 
 /// Everything that a VM is made of. Two VMs of equal `Config` differ only in their state.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Config {
     /// The VM's name: unique on its host per user, since the control socket is called after it.
     pub name: String,
@@ -124,7 +123,7 @@ pub struct Config {
 }
 
 /// What the guest's CPUID shows.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CpuModel {
     /// All that this host's CPU and KVM offer.
@@ -151,8 +150,7 @@ impl fmt::Display for CpuModel {
 }
 
 /// What the VM boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BootSource {
     /// A bzImage or an ELF vmlinux.
     pub kernel: PathBuf,
@@ -163,8 +161,7 @@ pub struct BootSource {
 }
 
 /// A virtio-blk disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DiskConfig {
     /// The disk's id, unique among all devices: what a migration's destination calls it by.
     pub id: String,
@@ -179,8 +176,7 @@ pub struct DiskConfig {
 }
 
 /// A virtio-net interface on a TAP.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NetConfig {
     /// The interface's id, unique among all devices: what a migration's destination calls it by.
     pub id: String,
@@ -196,7 +192,7 @@ pub struct NetConfig {
 pub const VM_NAME: &str = "{name}";
 
 /// Where the serial console goes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SerialTarget {
     /// This process's standard input and output.
@@ -232,7 +228,7 @@ impl SerialTarget {
 }
 
 /// What the guest's orderly reboot does. A panic's reset and a triple fault end the VM in either case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnReboot {
     /// The VMM ends, with status 0.

@@ -38,13 +38,11 @@ pub(super) fn open_backing(
     match backing {
         Backing::Private(file) => Ok((file, libc::MAP_PRIVATE | libc::MAP_NORESERVE, "")),
         Backing::Fresh { hugepages } => {
-            if !hugepages {
-                check_host(len, host_bytes())?;
-            }
             let (flags, map_flags, hint) = if hugepages {
                 // Reserved when mapped: a guest must not die of SIGBUS when the pool runs dry.
                 (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED, HUGE_HINT)
             } else {
+                check_host(len, host_bytes())?;
                 (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE, LESS_HINT)
             };
             let fail =

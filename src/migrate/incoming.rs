@@ -13,6 +13,7 @@ use vmm_migration::state::Stateful;
 use vmm_migration::target::{self, Ended, Farewell, Greeted, Opening, Options, Question, Target};
 
 use super::arriving::{Arrived, Destination};
+use super::aside::LOOK;
 use super::link::Listener;
 use super::outgoing::software;
 use super::verdicts::{VERDICT_KEPT, Verdicts};
@@ -32,8 +33,6 @@ const TAKEN: &str =
     "a guest has come here already, and this listener takes one (with --keep, many)";
 /// What follows for the guest when the connection is lost before it is handed over.
 const GUEST_IS_GONE: &str = "; if the source is gone, the guest is gone: nothing of it runs here, and its disks are untouched";
-/// How often a wait looks up.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What a destination came to over one connection.
 pub enum Arrival {
@@ -186,9 +185,10 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
                 }
                 let (place, give, one) = (Arc::clone(&place), give.clone(), Arc::clone(&greeted));
                 let greet = move || {
-                    match others < GREETED_MAX {
-                        true => greet(channel, &place, &give),
-                        false => target::refuse(channel, CROWD),
+                    if others < GREETED_MAX {
+                        greet(channel, &place, &give);
+                    } else {
+                        target::refuse(channel, CROWD);
                     }
                     drop(one);
                 };

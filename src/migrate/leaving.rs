@@ -1,7 +1,6 @@
 //! The source's guest: live, and halted.
 
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmm_migration::channel::Flow;
 use vmm_migration::guest::{Changes, Example, Failed, GuestError, Halted, Live, Locks, Memory};
@@ -10,6 +9,7 @@ use vmm_migration::plan::{DiskNeed, NetNeed, Plan, Region, SPACE_RAM, SectionId,
 use vmm_migration::report::micros;
 use vmm_migration::state::Section;
 
+use super::aside::aside;
 use super::dirtiers::Dirtiers;
 use super::tracking;
 use crate::backend::disk::DiskHandle;
@@ -29,8 +29,6 @@ pub struct LiveGuest {
     stall_us: u64,
 }
 
-/// How often a wait looks up.
-const LOOK: Duration = Duration::from_millis(100);
 const HERE: &str = "the guest is back before the method returns";
 
 impl LiveGuest {
@@ -245,23 +243,11 @@ fn flush(disks: &[DiskHandle], poll: &mut dyn FnMut() -> Flow) -> Result<Flow, G
     if disks.is_empty() {
         return Ok(Flow::Continue);
     }
-    let (give, result) = mpsc::channel();
-    let flushing = move || {
-        let flushed = disks.iter().try_for_each(DiskHandle::flush);
-        // Before anybody counts on it that only the machine has them.
-        drop(disks);
-        drop(give.send(flushed));
-    };
-    std::thread::Builder::new().name("flush".to_owned()).spawn(flushing)?;
-    loop {
-        match result.recv_timeout(LOOK) {
-            Ok(flushed) => return Ok(flushed.map(|()| Flow::Continue)?),
-            Err(RecvTimeoutError::Disconnected) => unreachable!("it sends before it ends"),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        if poll() == Flow::Cancel {
-            return Ok(Flow::Cancel);
-        }
+    // The handles go before anybody hears of it and counts on it that only the machine has them.
+    let flushing = move || disks.into_iter().try_for_each(|disk| disk.flush());
+    match aside("flush", flushing, poll)? {
+        Some(flushed) => Ok(flushed.map(|()| Flow::Continue)?),
+        None => Ok(Flow::Cancel),
     }
 }
 

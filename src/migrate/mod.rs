@@ -6,9 +6,11 @@
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
 //! - [`arriving`]: the destination's guest, `mapping`: its RAM in KVM's page tables before it runs; [`incoming`]
 //!   drives it; [`verdicts`]: what is told a source in doubt;
-//! - [`snapshotting`], [`restoring`]: a guest into a directory, and out of it.
+//! - [`snapshotting`], [`restoring`]: a guest into a directory, and out of it;
+//! - `aside`: what may take long, while somebody waits and looks up.
 
 pub mod arriving;
+mod aside;
 pub mod cpu;
 mod dirtiers;
 mod fitting;

@@ -1,6 +1,5 @@
 //! The source: drives a VM's move to another host, and finds out who has it where that is in doubt.
 
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -13,6 +12,7 @@ use vmm_migration::source::{
 };
 use vmm_migration::wire::Algorithm;
 
+use super::aside::aside;
 use super::leaving::{HaltedGuest, LiveGuest};
 use super::link;
 use super::uri::Uri;
@@ -20,9 +20,6 @@ use crate::chain::chain;
 use crate::config::Config;
 use crate::event::{MigrateRequest, OnTimeout};
 use crate::vm::Vm;
-
-/// How often a wait looks up.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// This program, as the other end reads it.
 #[must_use]
@@ -91,22 +88,12 @@ pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) ->
 /// Connects, and looks meanwhile who wants to know or to cancel: a name can take long to be found, and a host to
 /// answer.
 fn connect(uri: &Uri, observer: &mut dyn Observer) -> Result<Channel, String> {
-    let (give, link) = mpsc::channel();
     let there = uri.clone();
-    let connecting = std::thread::Builder::new().name("connect".to_owned());
-    connecting
-        // Whoever cancelled doesn't wait for it any more.
-        .spawn(move || drop(give.send(link::connect(&there))))
-        .map_err(|e| format!("can't start to connect: {e}"))?;
-    loop {
-        match link.recv_timeout(LOOK) {
-            Ok(linked) => return linked.map_err(|e| chain(&e)),
-            Err(RecvTimeoutError::Disconnected) => unreachable!("it sends before it ends"),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-        if observer.observe(&Progress::default()) == Flow::Cancel {
-            return Err(format!("cancelled while connecting to {uri}"));
-        }
+    let mut poll = || observer.observe(&Progress::default());
+    match aside("connect", move || link::connect(&there), &mut poll) {
+        Ok(Some(linked)) => linked.map_err(|e| chain(&e)),
+        Ok(None) => Err(format!("cancelled while connecting to {uri}")),
+        Err(e) => Err(format!("can't start to connect: {e}")),
     }
 }
 
