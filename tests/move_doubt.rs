@@ -4,15 +4,14 @@
 mod support;
 
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{FlockOperation, fcntl_lock};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use support::guests::Guest;
-use support::moves::{Client, EASY, check_last_line, until};
+use support::moves::{Client, EASY, check_last_line, fill, until};
 use support::relay::{Point, Relay};
 use support::vm::{Place, Vm, has_kvm};
 use vmm_migration::wire::record::{ACTIVATED, COMMIT};
@@ -60,13 +59,13 @@ fn in_doubt(options: &[&str], kind: u32, then: Then) -> Scene {
     Scene { source, client, destination, _relay: relay, _place: place }
 }
 
-/// Connections that fill a listener's queue, as long as they last.
-fn fill(listener: &Path) -> Vec<OwnedFd> {
-    let address = SocketAddrUnix::new(listener).unwrap();
-    let flags = SocketFlags::NONBLOCK;
-    let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
-    let knock = || Some(socket()).filter(|socket| connect(socket, &address).is_ok());
-    std::iter::from_fn(knock).collect()
+/// In doubt, while a destination was stopped that has as many connections waiting as it takes: they last as long as what
+/// comes with the scene.
+fn in_doubt_before_a_full_queue() -> (Scene, Vec<OwnedFd>) {
+    let scene = in_doubt(&[], COMMIT, Then::Stopped);
+    let queued = fill(&scene.destination.place.path("move.sock"));
+    until("connects", || has_thread(&scene.source, "connect"));
+    (scene, queued)
 }
 
 /// The threads of a VM by this name.
@@ -101,9 +100,7 @@ fn the_operator_is_heard_while_the_destination_takes_no_connection() {
     if !has_kvm() {
         return;
     }
-    let mut scene = in_doubt(&[], COMMIT, Then::Stopped);
-    let _queued = fill(&scene.destination.place.path("move.sock"));
-    until("connects", || has_thread(&scene.source, "connect"));
+    let (mut scene, _queued) = in_doubt_before_a_full_queue();
     assert_eq!(scene.source.info()["state"], "in-doubt");
     scene.source.tell(&["migrate", "--resolve", "resume"]);
     check_running(&mut scene.source);
@@ -115,9 +112,7 @@ fn an_end_by_force_is_heard_while_the_destination_takes_no_connection() {
     if !has_kvm() {
         return;
     }
-    let mut scene = in_doubt(&[], COMMIT, Then::Stopped);
-    let _queued = fill(&scene.destination.place.path("move.sock"));
-    until("connects", || has_thread(&scene.source, "connect"));
+    let (mut scene, _queued) = in_doubt_before_a_full_queue();
     scene.source.tell(&["stop", "--force"]);
     assert_eq!(scene.source.wait().0, Some(0));
     check_failed(scene.client, "in doubt");

@@ -10,11 +10,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 use rustix::process::Signal;
 use support::guests::Guest;
-use support::moves::{Client, EASY, check_last_line, until};
+use support::moves::{Client, EASY, check_last_line, fill, until};
 use support::vm::{LONG, Place, Vm, has_kvm};
 
 /// A guest whose first round takes a minute at this bandwidth, so that there is time for trouble.
@@ -227,15 +227,11 @@ fn cancelled_while_it_connects() {
     }
     let place = Place::new();
     let path = place.path("full.sock");
-    let flags = SocketFlags::NONBLOCK;
-    let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
-    let (address, listener) = (SocketAddrUnix::new(&path).unwrap(), socket());
-    bind(&listener, &address).unwrap();
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None);
+    let listener = listener.unwrap();
+    bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
     listen(&listener, 0).unwrap();
-    let mut queued = vec![socket()];
-    while connect(queued.last().unwrap(), &address).is_ok() {
-        queued.push(socket());
-    }
+    let _queued = fill(&path);
     let source = dirtier();
     let client = source.start_move(&format!("unix:{}", path.display()), &[]);
     until("connects", || source.info()["state"] == "migrating");

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fd::OwnedFd;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -226,4 +228,13 @@ impl Count {
             self.0 = self.0.wrapping_add(1);
         }
     }
+}
+
+/// Connections that fill a listener's queue, as long as they last.
+pub fn fill(listener: &Path) -> Vec<OwnedFd> {
+    let address = SocketAddrUnix::new(listener).unwrap();
+    let flags = SocketFlags::NONBLOCK;
+    let socket = || socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+    let knock = || Some(socket()).filter(|socket| connect(socket, &address).is_ok());
+    std::iter::from_fn(knock).collect()
 }
