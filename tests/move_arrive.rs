@@ -14,9 +14,9 @@ use support::moves::{EASY, check_last_line, until};
 use support::vm::{LONG, Place, Vm, binary, has_kvm};
 use vmm::api::socket;
 use vmm::migrate::verdicts::Verdicts;
+use vmm_migration::destination::Verdict;
 use vmm_migration::message::{Message, Reasons, Resolve};
 use vmm_migration::plan::MigrationId;
-use vmm_migration::target::Verdict;
 use vmm_migration::wire::{self, StreamKind};
 
 /// A directory for `PATH`, with `vmm` and a stand-in for ssh that runs its command here, as a shell there would.

@@ -15,7 +15,7 @@ use support::guests::Guest;
 use support::vm::{LONG, Vm, binary, has_kvm};
 use vmm::arch::clock::Downtime;
 use vmm::config::SerialTarget;
-use vmm::migrate::arriving::{Destination, Overrides};
+use vmm::migrate::arriving::{LocalHost, Overrides};
 use vmm::migrate::restoring::{self, Load};
 
 /// Time without output after which a paused guest's console is empty.
@@ -104,7 +104,7 @@ fn loading_ends_when_it_is_cancelled() {
         serial: Some(SerialTarget::Null),
         ..Overrides::default()
     };
-    let here = Destination { overrides, events: channel().0 };
+    let here = LocalHost { overrides, events: channel().0 };
     let restored = restoring::restore(&path, Load::Eager, Downtime::Passes, &here, &|| true);
     let Err(fault) = restored else { panic!("all was loaded") };
     assert!(fault.to_string().contains("cancelled while memory was read"), "{fault}");

@@ -239,14 +239,14 @@ mod tests {
         source.press_button();
         let section = source.save_section(0).unwrap();
         assert_eq!((section.kind.as_str(), &section.body[..]), ("power", &[1][..]));
-        let (mut target, edges, _requests) = device();
-        target.restore_section(&section).unwrap();
-        target.resume();
+        let (mut destination, edges, _requests) = device();
+        destination.restore_section(&section).unwrap();
+        destination.resume();
         assert_eq!(edges.0.load(Ordering::SeqCst), 1);
         let mut byte = [0];
-        target.read(EVENTS, &mut byte);
+        destination.read(EVENTS, &mut byte);
         assert_eq!(byte, [EVENT_POWER_BUTTON]);
-        target.resume();
+        destination.resume();
         assert_eq!(edges.0.load(Ordering::SeqCst), 1, "nothing is pending any more");
     }
 

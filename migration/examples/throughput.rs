@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_migration::channel::{Channel, Clock, Flow, SystemClock};
 use vmm_migration::chunk::Builder;
+use vmm_migration::destination::{self, Opening};
 use vmm_migration::guest::{
     Active, Changes, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved,
     Vacant,
@@ -19,7 +20,6 @@ use vmm_migration::policy::Limits;
 use vmm_migration::report::Progress;
 use vmm_migration::source::{self, Commitment, Deadlines, Options};
 use vmm_migration::state::Section;
-use vmm_migration::target::{self, Opening};
 use vmm_migration::wire::{Algorithm, Checksum, RecordHead};
 
 #[path = "../../tests/bench/src/plain_copy.rs"]
@@ -197,15 +197,18 @@ fn migration(memory: &[u8], checksum: Algorithm) -> f64 {
         let destination = scope.spawn(|| {
             let mut observer = |_: &Progress| Flow::Continue;
             let channel = Channel::new(b, SystemClock::default());
-            let opening =
-                target::accept(channel, target::Options::new("throughput"), &mut observer);
-            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
-            let activation = target
+            let opening = destination::accept(
+                channel,
+                destination::Options::new("throughput"),
+                &mut observer,
+            );
+            let Ok(Opening::Migrate(destination)) = opening else { panic!("no migration") };
+            let activation = destination
                 .reserve(&mut Place, &mut observer)
-                .and_then(|target| target.precopy(&mut observer))
-                .and_then(|target| target.stop_and_copy(&mut observer))
-                .and_then(|target| target.await_commit(&mut observer))
-                .and_then(target::Target::activate);
+                .and_then(|destination| destination.precopy(&mut observer))
+                .and_then(|destination| destination.stop_and_copy(&mut observer))
+                .and_then(|destination| destination.await_commit(&mut observer))
+                .and_then(destination::Destination::activate);
             assert!(activation.expect("activated").0 == memory, "another memory");
         });
         let mut observer = |_: &Progress| Flow::Continue;

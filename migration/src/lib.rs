@@ -7,6 +7,7 @@
 
 pub mod channel;
 pub mod chunk;
+pub mod destination;
 pub mod error;
 pub mod forecast;
 pub mod guest;
@@ -19,7 +20,6 @@ pub mod report;
 pub mod snapshot;
 pub mod source;
 pub mod state;
-pub mod target;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod wire;

@@ -22,7 +22,7 @@ enum Source {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Target {
+enum Destination {
     Receiving,
     /// `Ready` was sent.
     Restored,
@@ -62,18 +62,18 @@ const MESSAGES: [Message; 7] = [
 enum Holder {
     Nobody,
     Source,
-    Target,
+    Destination,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct State {
     source: Source,
-    target: Target,
+    destination: Destination,
     net: u8,
     lock: Holder,
-    /// The target has marked the disks.
+    /// The destination has marked the disks.
     changed: bool,
-    /// The guest has run at the target.
+    /// The guest has run at the destination.
     ran: bool,
     /// The source goes by the operator's word that no other copy runs, whatever the disks look like.
     trusting: bool,
@@ -83,10 +83,10 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mutation {
     SourceResumesAfterCommitWithoutAnAnswer,
-    TargetRunsWithoutCommit,
-    TargetAnswersNeverActivatedAndStaysReady,
-    TargetDoesNotMarkTheDisks,
-    TargetRunsBeforeItHasTheLocks,
+    RunsWithoutCommit,
+    AnswersNeverActivatedAndStaysReady,
+    DoesNotMarkTheDisks,
+    RunsBeforeItHasTheLocks,
     SourceIgnoresNeverActivated,
     SourceMayNotTryTheLocks,
     SourceKeepsAWordThatALockRefuted,
@@ -94,7 +94,7 @@ enum Mutation {
 
 #[derive(Clone, Copy, Debug)]
 struct Model {
-    /// Both hosts see the same locks, and the target said so.
+    /// Both hosts see the same locks, and the destination said so.
     locks_seen: bool,
     mutation: Option<Mutation>,
 }
@@ -102,7 +102,7 @@ struct Model {
 impl State {
     const START: State = State {
         source: Source::Stopped,
-        target: Target::Receiving,
+        destination: Destination::Receiving,
         net: 1 << Message::End as u8,
         lock: Holder::Nobody,
         changed: false,
@@ -123,12 +123,13 @@ impl State {
         State { source, ..self }
     }
 
-    fn target(self, target: Target) -> State {
-        State { target, ..self }
+    fn destination(self, destination: Destination) -> State {
+        State { destination, ..self }
     }
 
     fn alive(self) -> bool {
-        self.source == Source::Running || matches!(self.target, Target::Running | Target::Ended)
+        self.source == Source::Running
+            || matches!(self.destination, Destination::Running | Destination::Ended)
     }
 
     /// Releases what a side holds.
@@ -145,14 +146,14 @@ impl Model {
     fn next(self, state: State) -> Vec<State> {
         let mut next = Vec::new();
         self.source_steps(state, &mut next);
-        self.target_steps(state, &mut next);
+        self.destination_steps(state, &mut next);
         let lose = MESSAGES.iter().filter(|message| state.has(**message));
         next.extend(lose.map(|message| State { net: state.net & !(1 << *message as u8), ..state }));
         if state.source != Source::Crashed {
             next.push(state.unlock(Holder::Source).source(Source::Crashed));
         }
-        if state.target != Target::Crashed {
-            next.push(state.unlock(Holder::Target).target(Target::Crashed));
+        if state.destination != Destination::Crashed {
+            next.push(state.unlock(Holder::Destination).destination(Destination::Crashed));
         }
         next
     }
@@ -190,8 +191,8 @@ impl Model {
                 if self.locks_seen && !self.is(Mutation::SourceMayNotTryTheLocks) {
                     next.extend(self.source_locks(state).map(|s| s.source(Source::Running)));
                 }
-                // The operator errs: the guest runs at the target, whose lock refutes that.
-                if self.locks_seen && state.target == Target::Running {
+                // The operator errs: the guest runs at the destination, whose lock refutes that.
+                if self.locks_seen && state.destination == Destination::Running {
                     let trusting = self.is(Mutation::SourceKeepsAWordThatALockRefuted);
                     let now = self.source_locks(State { trusting: true, ..state });
                     next.extend(now.map(|s| s.source(Source::Running)));
@@ -208,36 +209,39 @@ impl Model {
         }
     }
 
-    fn target_steps(self, state: State, next: &mut Vec<State>) {
+    fn destination_steps(self, state: State, next: &mut Vec<State>) {
         let run = |state: State| {
-            let changed = !self.is(Mutation::TargetDoesNotMarkTheDisks);
-            State { changed, ran: true, ..state }.target(Target::Running).send(Message::Activated)
+            let changed = !self.is(Mutation::DoesNotMarkTheDisks);
+            State { changed, ran: true, ..state }
+                .destination(Destination::Running)
+                .send(Message::Activated)
         };
-        let discard = |state: State| state.target(Target::Discarded).send(Message::NeverActivated);
-        match state.target {
-            Target::Receiving => {
+        let discard =
+            |state: State| state.destination(Destination::Discarded).send(Message::NeverActivated);
+        match state.destination {
+            Destination::Receiving => {
                 if state.has(Message::End) {
-                    next.push(state.target(Target::Restored).send(Message::Ready));
+                    next.push(state.destination(Destination::Restored).send(Message::Ready));
                 }
                 // `Cancel`, a lost connection, a deadline, a failed restore: no verdict is needed.
-                next.push(state.target(Target::Discarded));
+                next.push(state.destination(Destination::Discarded));
             }
-            Target::Restored => {
-                if state.has(Message::Commit) || self.is(Mutation::TargetRunsWithoutCommit) {
-                    next.push(state.target(Target::Committed));
+            Destination::Restored => {
+                if state.has(Message::Commit) || self.is(Mutation::RunsWithoutCommit) {
+                    next.push(state.destination(Destination::Committed));
                 }
                 next.push(discard(state));
-                if self.is(Mutation::TargetAnswersNeverActivatedAndStaysReady) {
+                if self.is(Mutation::AnswersNeverActivatedAndStaysReady) {
                     next.push(state.send(Message::NeverActivated));
                 }
             }
-            Target::Committed => {
+            Destination::Committed => {
                 match (self.locks_seen, state.lock) {
                     (false, _) => next.push(run(state)),
                     (true, Holder::Nobody) => {
-                        next.push(run(State { lock: Holder::Target, ..state }));
+                        next.push(run(State { lock: Holder::Destination, ..state }));
                     }
-                    (true, _) if self.is(Mutation::TargetRunsBeforeItHasTheLocks) => {
+                    (true, _) if self.is(Mutation::RunsBeforeItHasTheLocks) => {
                         next.push(run(state));
                     }
                     (true, _) => {}
@@ -245,13 +249,17 @@ impl Model {
                 // The lock is held, or the machine fails.
                 next.push(discard(state));
             }
-            Target::Running => next.push(state.unlock(Holder::Target).target(Target::Ended)),
-            Target::Ended | Target::Discarded | Target::Crashed => {}
+            Destination::Running => {
+                next.push(state.unlock(Holder::Destination).destination(Destination::Ended))
+            }
+            Destination::Ended | Destination::Discarded | Destination::Crashed => {}
         }
         if state.has(Message::Resolve) {
-            match state.target {
-                Target::Running | Target::Ended => next.push(state.send(Message::Activated)),
-                Target::Discarded => next.push(state.send(Message::NeverActivated)),
+            match state.destination {
+                Destination::Running | Destination::Ended => {
+                    next.push(state.send(Message::Activated))
+                }
+                Destination::Discarded => next.push(state.send(Message::NeverActivated)),
                 _ => {}
             }
         }
@@ -259,14 +267,14 @@ impl Model {
 
     /// A breach of safety in this state.
     fn breach(state: State) -> Option<&'static str> {
-        if state.source == Source::Running && state.target == Target::Running {
+        if state.source == Source::Running && state.destination == Destination::Running {
             return Some("two running");
         }
         if state.source == Source::Running && state.ran {
-            return Some("the source runs though the target ran");
+            return Some("the source runs though the destination ran");
         }
         if state.source == Source::Moved && !state.ran {
-            return Some("dropped at the source before it ran at the target");
+            return Some("dropped at the source before it ran at the destination");
         }
         None
     }
@@ -300,7 +308,7 @@ impl Model {
     ) -> Result<(), String> {
         let crashes = |from: State, to: State| {
             (from.source != to.source && to.source == Source::Crashed)
-                || (from.target != to.target && to.target == Target::Crashed)
+                || (from.destination != to.destination && to.destination == Destination::Crashed)
         };
         let mut good: HashSet<State> = seen.iter().copied().filter(|s| s.alive()).collect();
         let mut queue: VecDeque<State> = good.iter().copied().collect();
@@ -312,14 +320,14 @@ impl Model {
             }
         }
         for state in seen.difference(&good) {
-            let excused = match (state.source, state.target) {
-                // The owner crashed before it handed over. (Where the target has the guest by `Commit`,
+            let excused = match (state.source, state.destination) {
+                // The owner crashed before it handed over. (Where the destination has the guest by `Commit`,
                 // it runs, so that such a state isn't here.)
                 (Source::Crashed, _) => true,
-                // The owner crashed: the guest had run at the target.
-                (_, Target::Crashed) if state.ran => true,
-                // The target crashed in the window in doubt, and no lock can tell: the operator's word.
-                (Source::InDoubt, Target::Crashed) => !self.locks_seen,
+                // The owner crashed: the guest had run at the destination.
+                (_, Destination::Crashed) if state.ran => true,
+                // The destination crashed in the window in doubt, and no lock can tell: the operator's word.
+                (Source::InDoubt, Destination::Crashed) => !self.locks_seen,
                 _ => false,
             };
             if !excused {
@@ -355,26 +363,26 @@ fn a_source_that_resumes_without_an_answer_is_noticed() {
 }
 
 #[test]
-fn a_target_that_runs_without_commit_is_noticed() {
-    let found = breach(Mutation::TargetRunsWithoutCommit, false);
+fn a_destination_that_runs_without_commit_is_noticed() {
+    let found = breach(Mutation::RunsWithoutCommit, false);
     assert!(found.starts_with("two running") || found.starts_with("the source runs"), "{found}");
 }
 
 #[test]
 fn a_verdict_that_changes_is_noticed() {
-    let found = breach(Mutation::TargetAnswersNeverActivatedAndStaysReady, false);
+    let found = breach(Mutation::AnswersNeverActivatedAndStaysReady, false);
     assert!(found.starts_with("two running") || found.starts_with("the source runs"), "{found}");
 }
 
 #[test]
 fn a_lock_without_a_mark_is_noticed() {
-    let found = breach(Mutation::TargetDoesNotMarkTheDisks, true);
-    assert!(found.starts_with("the source runs though the target ran"), "{found}");
+    let found = breach(Mutation::DoesNotMarkTheDisks, true);
+    assert!(found.starts_with("the source runs though the destination ran"), "{found}");
 }
 
 #[test]
 fn running_before_the_lock_is_noticed() {
-    let found = breach(Mutation::TargetRunsBeforeItHasTheLocks, true);
+    let found = breach(Mutation::RunsBeforeItHasTheLocks, true);
     assert!(found.starts_with("two running") || found.starts_with("the source runs"), "{found}");
 }
 
@@ -393,5 +401,5 @@ fn a_source_that_never_tries_the_locks_is_noticed() {
 #[test]
 fn a_word_that_outlives_its_refutation_is_noticed() {
     let found = breach(Mutation::SourceKeepsAWordThatALockRefuted, true);
-    assert!(found.starts_with("the source runs though the target ran"), "{found}");
+    assert!(found.starts_with("the source runs though the destination ran"), "{found}");
 }

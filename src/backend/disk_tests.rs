@@ -222,10 +222,10 @@ fn the_lock_passes_by_hand() {
     let options = image(&dir, MIB);
     let (source, source_handle) = open(&options);
     // A destination prepares while the source still runs.
-    let (_target, target_handle) = Disk::open(&options, Locking::Later).unwrap();
-    assert!(matches!(target_handle.take_lock(), Err(LockError::Held { .. })));
+    let (_destination, destination_handle) = Disk::open(&options, Locking::Later).unwrap();
+    assert!(matches!(destination_handle.take_lock(), Err(LockError::Held { .. })));
     source_handle.release_lock().unwrap();
-    target_handle.take_lock().unwrap();
+    destination_handle.take_lock().unwrap();
     assert!(matches!(source_handle.take_lock(), Err(LockError::Held { .. })));
     drop(source);
 }

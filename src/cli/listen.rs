@@ -15,7 +15,7 @@ use crate::config::{Config, SerialTarget};
 use crate::control;
 use crate::event::{ApiError, Event, Reply, Request};
 use crate::log;
-use crate::migrate::arriving::{Arrived, Destination, Overrides};
+use crate::migrate::arriving::{Arrived, LocalHost, Overrides};
 use crate::migrate::incoming::{self, Arrival, Door};
 use crate::migrate::link::{LinkError, Listener};
 use crate::migrate::uri::Uri;
@@ -55,7 +55,7 @@ pub fn run(args: ListenArgs) -> Outcome {
     signals.send_to(events.clone()).map_err(run::RunError::Signals)?;
     let listener = Listener::bind(&uri).map_err(ListenError::from)?;
     let door = Door::open(listener).map_err(ListenError::Start)?;
-    let mut host = Destination { overrides, events: events.clone() };
+    let mut host = LocalHost { overrides, events: events.clone() };
     let mut verdicts = Verdicts::of_this_host();
     let mut display = Display::new(json, "received");
     if matches!(display, Display::Bar(_)) {

@@ -15,7 +15,7 @@ use crate::api::client::Client;
 use crate::api::socket;
 use crate::arch::clock::Downtime;
 use crate::event::{Event, Request, SnapshotRequest};
-use crate::migrate::arriving::{Destination, Overrides};
+use crate::migrate::arriving::{LocalHost, Overrides};
 use crate::migrate::restoring::{self, Load};
 use crate::signals;
 
@@ -140,7 +140,7 @@ fn run(dir: &Path, load: Load, downtime: Downtime, overrides: Overrides) -> Outc
     // Before any thread starts, so that all of them have the signals blocked.
     let signals = signals::block().map_err(RunError::Signals)?;
     let (events, inbox) = mpsc::channel();
-    let here = Destination { overrides, events: events.clone() };
+    let here = LocalHost { overrides, events: events.clone() };
     signals.send_to(events.clone()).map_err(RunError::Signals)?;
     // Nobody else sends anything before the guest runs.
     let cancelled = || matches!(inbox.try_recv(), Ok(Event::Signal(_) | Event::ConsoleQuit));

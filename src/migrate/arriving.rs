@@ -53,7 +53,7 @@ pub struct Overrides {
 }
 
 /// This host, which takes one guest.
-pub struct Destination {
+pub struct LocalHost {
     /// What differs here.
     pub overrides: Overrides,
     /// Hears what the guest asks for.
@@ -81,7 +81,7 @@ pub struct Arrived {
     pub console: Arc<Console>,
 }
 
-impl Host for Destination {
+impl Host for LocalHost {
     type Vacant = VacantGuest;
 
     fn reserve(
@@ -115,7 +115,7 @@ impl Host for Destination {
     }
 }
 
-impl Destination {
+impl LocalHost {
     /// The guest's configuration, with what differs here.
     pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
         let mut config = Config::restore(&plan.config).map_err(one_line)?;

@@ -51,8 +51,8 @@ fn plan() -> Plan {
     }
 }
 
-fn destination(overrides: Overrides) -> Destination {
-    Destination { overrides, events: std::sync::mpsc::channel().0 }
+fn destination(overrides: Overrides) -> LocalHost {
+    LocalHost { overrides, events: std::sync::mpsc::channel().0 }
 }
 
 /// Each reason begins or goes on with its words.

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use vmm_devices::serial::Serial;
 use vmm_migration::channel::{Channel, Flow};
+use vmm_migration::destination::{
+    self, Destination, Ended, Farewell, Greeted, Opening, Options, Question,
+};
 use vmm_migration::message::{CONFIG_KIND, Reads};
 use vmm_migration::report::{Observer, Progress};
 use vmm_migration::state::Stateful;
-use vmm_migration::target::{self, Ended, Farewell, Greeted, Opening, Options, Question, Target};
 
-use super::arriving::{Arrived, Destination};
+use super::arriving::{Arrived, LocalHost};
 use super::aside::LOOK;
 use super::link::Listener;
 use super::outgoing::software;
@@ -154,7 +156,7 @@ impl Door {
                             return;
                         }
                     }
-                    Ok(Opening::Migrate(target)) => target.refuse(TAKEN),
+                    Ok(Opening::Migrate(destination)) => destination.refuse(TAKEN),
                     Err(_) => {}
                 }
             }
@@ -188,7 +190,7 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
                     if others < GREETED_MAX {
                         greet(channel, &place, &give);
                     } else {
-                        target::refuse(channel, CROWD);
+                        destination::refuse(channel, CROWD);
                     }
                     drop(one);
                 };
@@ -219,10 +221,10 @@ fn reads() -> Reads {
 fn greet(channel: Channel, place: &Arc<AtomicU8>, give: &Sender<(Caller, Option<Claim>)>) {
     let mut observer = |_: &Progress| Flow::Continue;
     let options = Options { reads: reads(), ..Options::new(software()) };
-    let caller = target::accept(channel, options, &mut observer);
+    let caller = destination::accept(channel, options, &mut observer);
     let claim = if caller.is_ok() { Claim::stake(place) } else { None };
     match caller {
-        Ok(Opening::Migrate(target)) if claim.is_none() => target.refuse(BUSY),
+        Ok(Opening::Migrate(destination)) if claim.is_none() => destination.refuse(BUSY),
         Ok(Opening::Question(question)) if claim.is_none() => {
             // What is kept in files can be told meanwhile. For the rest it asks again.
             let verdicts = Verdicts::of_this_host();
@@ -239,12 +241,12 @@ fn greet(channel: Channel, place: &Arc<AtomicU8>, give: &Sender<(Caller, Option<
 pub fn take(
     caller: Caller,
     claim: Option<&Claim>,
-    host: &mut Destination,
+    host: &mut LocalHost,
     verdicts: &mut Verdicts,
     observer: &mut dyn Observer,
 ) -> Arrival {
-    let target = match caller {
-        Ok(Opening::Migrate(target)) => target,
+    let destination = match caller {
+        Ok(Opening::Migrate(destination)) => destination,
         Ok(Opening::Question(question)) => {
             // Whoever doesn't hear the answer asks again.
             answer_question(question, verdicts);
@@ -252,7 +254,7 @@ pub fn take(
         }
         Err(ended) => return Arrival::Stray(ended.error.line()),
     };
-    match receive(target, claim, host, observer) {
+    match receive(destination, claim, host, observer) {
         Ok(arrival) => arrival,
         Err(ended) if ended.dry_run => Arrival::Nothing,
         Err(ended) => {
@@ -275,16 +277,16 @@ fn answer_question(question: Box<Question>, verdicts: &Verdicts) -> bool {
 }
 
 fn receive(
-    target: Target<Greeted>,
+    destination: Destination<Greeted>,
     claim: Option<&Claim>,
-    host: &mut Destination,
+    host: &mut LocalHost,
     observer: &mut dyn Observer,
 ) -> Result<Arrival, Box<Ended>> {
-    let target = target.reserve(host, observer)?;
-    if let Some(claim) = claim.filter(|_| !target.is_dry_run()) {
+    let destination = destination.reserve(host, observer)?;
+    if let Some(claim) = claim.filter(|_| !destination.is_dry_run()) {
         claim.keep();
     }
-    let target = target.precopy(observer)?.stop_and_copy(observer)?;
-    let (arrived, farewell) = target.await_commit(observer)?.activate()?;
+    let destination = destination.precopy(observer)?.stop_and_copy(observer)?;
+    let (arrived, farewell) = destination.await_commit(observer)?.activate()?;
     Ok(Arrival::Taken(Box::new(arrived), farewell))
 }

@@ -9,7 +9,7 @@ use vmm_devices::power::Power;
 use vmm_migration::pages::{self, is_zero};
 use vmm_migration::snapshot::{BLOCK_LEN, Snapshot, SnapshotError};
 
-use super::arriving::{self, Arrived, Destination};
+use super::arriving::{self, Arrived, LocalHost};
 use super::cpu::{self, Offer};
 use super::fitting;
 use crate::api::server::Server;
@@ -91,7 +91,7 @@ pub fn restore(
     dir: &Path,
     load: Load,
     downtime: Downtime,
-    here: &Destination,
+    here: &LocalHost,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<Arrived, RestoreFault> {
     let damaged = |source| RestoreFault::Snapshot { dir: dir.to_owned(), source };

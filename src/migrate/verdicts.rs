@@ -6,8 +6,8 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use vmm_migration::destination::Verdict;
 use vmm_migration::plan::MigrationId;
-use vmm_migration::target::Verdict;
 
 use crate::api::socket;
 

@@ -27,16 +27,16 @@ fn version_1_is_frozen_read_and_written() {
     assert_eq!((section.kind.as_str(), section.version), ("serial", 1));
     assert_eq!(section.body, golden);
     // An old source's, and back to an old destination.
-    let mut target = Bench::new();
-    target.serial.restore_section(&section).unwrap();
-    assert_eq!(target.serial.save().unwrap(), b.serial.save().unwrap());
-    assert_eq!(target.serial.save_as(0, 1).unwrap(), section);
+    let mut destination = Bench::new();
+    destination.serial.restore_section(&section).unwrap();
+    assert_eq!(destination.serial.save().unwrap(), b.serial.save().unwrap());
+    assert_eq!(destination.serial.save_as(0, 1).unwrap(), section);
     // What has no place in it is left out.
     assert_eq!(b.serial.keep(b"typed"), 5);
     assert_eq!(b.serial.save_as(0, 1).unwrap(), section);
     assert!(b.serial.save_as(0, 3).is_err() && b.serial.save_as(0, 0).is_err());
     let cut = Section { body: golden[..11].to_vec(), ..section };
-    assert!(target.serial.restore_section(&cut).is_err());
+    assert!(destination.serial.restore_section(&cut).is_err());
 }
 
 #[test]
@@ -57,15 +57,15 @@ fn what_waits_moves_and_comes_before_what_is_typed_there() {
     source.write(IER, IER_RECEIVE);
     let taken = source.serial.input(&typed[..150]);
     source.serial.keep(&typed[taken..150]);
-    let mut target = Bench::new();
-    target.serial.restore_section(&source.serial.save_section(0).unwrap()).unwrap();
-    target.serial.resume();
-    assert_eq!(target.serial.input(&typed[150..]), 0, "what waits comes first");
+    let mut destination = Bench::new();
+    destination.serial.restore_section(&source.serial.save_section(0).unwrap()).unwrap();
+    destination.serial.resume();
+    assert_eq!(destination.serial.input(&typed[150..]), 0, "what waits comes first");
     let (mut read, mut rest) = (Vec::new(), &typed[150..]);
-    while target.read(LSR) & LSR_DATA != 0 {
-        read.push(target.read(DATA));
-        if target.counters.wanted.swap(0, Ordering::SeqCst) > 0 {
-            rest = &rest[target.serial.input(rest)..];
+    while destination.read(LSR) & LSR_DATA != 0 {
+        read.push(destination.read(DATA));
+        if destination.counters.wanted.swap(0, Ordering::SeqCst) > 0 {
+            rest = &rest[destination.serial.input(rest)..];
         }
     }
     assert_eq!(read, typed);
@@ -92,16 +92,16 @@ fn registers_input_and_interrupts_move() {
     assert_eq!(source.serial.transmit, Transmit::Withheld);
     let section = source.serial.save_section(0).unwrap();
 
-    let mut target = Bench::new();
-    target.serial.restore_section(&section).unwrap();
-    assert_eq!(target.serial.save_section(0).unwrap(), section);
-    target.serial.resume();
-    assert!(target.edges() >= 1);
-    assert_eq!(target.read(IIR), IIR_FIFO | IIR_RECEIVE);
-    let read: Vec<u8> = (0..10).map(|_| target.read(DATA)).collect();
+    let mut destination = Bench::new();
+    destination.serial.restore_section(&section).unwrap();
+    assert_eq!(destination.serial.save_section(0).unwrap(), section);
+    destination.serial.resume();
+    assert!(destination.edges() >= 1);
+    assert_eq!(destination.read(IIR), IIR_FIFO | IIR_RECEIVE);
+    let read: Vec<u8> = (0..10).map(|_| destination.read(DATA)).collect();
     assert_eq!(read, b"yped ahead");
-    assert_eq!(target.read(IIR), IIR_FIFO | IIR_TRANSMIT, "this side's wire has room");
-    assert!(target.output().is_empty(), "what was sent stays with the source");
+    assert_eq!(destination.read(IIR), IIR_FIFO | IIR_TRANSMIT, "this side's wire has room");
+    assert!(destination.output().is_empty(), "what was sent stays with the source");
 }
 
 #[test]
@@ -141,8 +141,8 @@ proptest! {
         }
         prop_assert_eq!(b.output().len(), sent);
         let state = b.serial.save().unwrap();
-        let mut target = Bench::new();
-        target.serial.restore(state.clone()).unwrap();
-        prop_assert_eq!(target.serial.save().unwrap(), state);
+        let mut destination = Bench::new();
+        destination.serial.restore(state.clone()).unwrap();
+        prop_assert_eq!(destination.serial.save().unwrap(), state);
     }
 }

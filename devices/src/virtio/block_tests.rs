@@ -302,9 +302,9 @@ fn the_guest_finds_the_disk_it_knew_after_a_move() {
     assert_eq!((section.kind.as_str(), section.version), ("virtio-blk", 1));
     assert_eq!(section.body, golden);
 
-    let mut target = Block::new("disk", None, Box::new(MemoryDisk::new(SECTORS)));
-    target.restore_section(&section).unwrap();
-    assert_eq!(target.save_section(3).unwrap(), section);
+    let mut destination = Block::new("disk", None, Box::new(MemoryDisk::new(SECTORS)));
+    destination.restore_section(&section).unwrap();
+    assert_eq!(destination.save_section(3).unwrap(), section);
 }
 
 #[test]

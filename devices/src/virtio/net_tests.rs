@@ -101,9 +101,9 @@ fn the_driver_chooses_among_the_offloads_it_negotiated() {
     // What was chosen last is what a move takes along.
     let section = b.device.save_section(0).unwrap();
     let net = MemoryNet::new(ALL);
-    let mut target = Net::new("eth", MAC, Some(1400), Box::new(net.clone()));
-    target.restore_section(&section).unwrap();
-    target.activate(b.device.driver_features);
+    let mut destination = Net::new("eth", MAC, Some(1400), Box::new(net.clone()));
+    destination.restore_section(&section).unwrap();
+    destination.activate(b.device.driver_features);
     assert_eq!(net.inner().offloads, csum_only);
 }
 
@@ -140,10 +140,10 @@ fn an_announcement_is_asked_for_once_and_acknowledged() {
     assert_eq!(b.config()[6], 3, "link up, announce");
     assert!(!b.process(RX).config);
     // Moved again before the guest got to it: it is still to do.
-    let mut target = Net::new("eth", MAC, Some(1400), Box::new(MemoryNet::new(ALL)));
-    target.restore_section(&b.device.save_section(0).unwrap()).unwrap();
+    let mut destination = Net::new("eth", MAC, Some(1400), Box::new(MemoryNet::new(ALL)));
+    destination.restore_section(&b.device.save_section(0).unwrap()).unwrap();
     let mut status = [0; 2];
-    target.config().read(6, &mut status);
+    destination.config().read(6, &mut status);
     assert_eq!(status, [3, 0]);
     assert_eq!(b.control(&[3, 0]), 0);
     assert_eq!(b.config()[6], 1);

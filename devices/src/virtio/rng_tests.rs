@@ -61,8 +61,8 @@ fn it_works_on_after_a_move() {
     source.notify(0);
     assert!(ring.pop_used().is_some());
     let head = ring.add(&[Buf::writable(DATA, 8)]);
-    let mut target = moved(&mut source, Box::<Rng>::default());
-    target.device.resume();
-    target.io.run();
+    let mut destination = moved(&mut source, Box::<Rng>::default());
+    destination.device.resume();
+    destination.io.run();
     assert_eq!(ring.pop_used(), Some((head, 8)));
 }

@@ -39,16 +39,16 @@ fn a_move_loses_no_request() {
     let waiting = request(&mut rings[0]);
 
     let (echo, probe, _feed) = Echo::new();
-    let mut target = moved(&mut source, echo);
-    assert_eq!(target.read(register::INTERRUPT_STATUS), 1, "still pending");
+    let mut destination = moved(&mut source, echo);
+    assert_eq!(destination.read(register::INTERRUPT_STATUS), 1, "still pending");
     assert_eq!(Probe::get(&probe.activations), 0);
-    target.device.resume();
-    assert_eq!(target.line.edges(), 1, "raised again");
+    destination.device.resume();
+    assert_eq!(destination.line.edges(), 1, "raised again");
     assert_eq!(Probe::get(&probe.features), F_VERSION_1 | F_EVENT_IDX | Echo::FEATURE | 1 << 28);
-    target.io.run();
+    destination.io.run();
     let used: Vec<_> = std::iter::from_fn(|| rings[0].pop_used()).collect();
     assert_eq!(used, [(in_flight[0], 0), (in_flight[1], 0), (waiting, 4)]);
-    assert_eq!(target.status(), source.status());
+    assert_eq!(destination.status(), source.status());
 }
 
 #[test]
@@ -62,13 +62,13 @@ fn a_move_in_the_middle_of_the_initialization_goes_on() {
     source.write(register::QUEUE_SEL, 1);
     source.write(register::QUEUE_SIZE, 0xdead_beef);
     let (echo, probe, _feed) = Echo::new();
-    let mut target = moved(&mut source, echo);
-    target.device.resume();
-    assert_eq!(target.io.run(), 0, "not started yet");
-    target.set_up(1, &DriverRing::new(&target.ram, RINGS + 0x1000, 8));
-    target.add_status(status::DRIVER_OK);
+    let mut destination = moved(&mut source, echo);
+    destination.device.resume();
+    assert_eq!(destination.io.run(), 0, "not started yet");
+    destination.set_up(1, &DriverRing::new(&destination.ram, RINGS + 0x1000, 8));
+    destination.add_status(status::DRIVER_OK);
     let head = request(&mut ring);
-    target.notify(0);
+    destination.notify(0);
     assert_eq!(ring.pop_used(), Some((head, 4)));
     assert_eq!(Probe::get(&probe.activations), 1);
 }
@@ -79,14 +79,14 @@ fn a_broken_device_moves_broken() {
     rings[0].set_avail_idx(0x4000);
     source.notify(0);
     let (echo, probe, _feed) = Echo::new();
-    let mut target = moved(&mut source, echo);
-    target.device.resume();
-    assert_ne!(target.status() & status::NEEDS_RESET, 0);
-    assert_eq!(target.io.run(), 0);
+    let mut destination = moved(&mut source, echo);
+    destination.device.resume();
+    assert_ne!(destination.status() & status::NEEDS_RESET, 0);
+    assert_eq!(destination.io.run(), 0);
     assert_eq!(Probe::get(&probe.activations), 0);
-    let mut rings = target.start(RINGS, &[16, 8], 0);
+    let mut rings = destination.start(RINGS, &[16, 8], 0);
     let head = request(&mut rings[0]);
-    target.notify(0);
+    destination.notify(0);
     assert_eq!(rings[0].pop_used(), Some((head, 4)));
 }
 
@@ -94,8 +94,8 @@ fn a_broken_device_moves_broken() {
 fn configuration_generations_differ_across_a_move() {
     let (mut source, ..) = live();
     let before = source.read(register::CONFIG_GENERATION);
-    let mut target = moved(&mut source, Echo::new().0);
-    assert_ne!(target.read(register::CONFIG_GENERATION), before);
+    let mut destination = moved(&mut source, Echo::new().0);
+    assert_ne!(destination.read(register::CONFIG_GENERATION), before);
 }
 
 /// A state with a different value in each field.
@@ -122,7 +122,7 @@ fn sample() -> TransportStateV1 {
     }
 }
 
-fn target() -> VirtioMmio {
+fn destination() -> VirtioMmio {
     Driver::at_rest(Echo::new().0, &ram(0x1_0000)).device
 }
 
@@ -139,12 +139,12 @@ const GOLDEN_V1: &[u8] = &[
 
 #[test]
 fn version_1_is_encoded_as_it_was_released() {
-    let mut device = target();
+    let mut device = destination();
     device.restore_section(&section(1, GOLDEN_V1.to_vec())).unwrap();
     let mut expected = sample();
     expected.config_generation += 1;
     assert_eq!(device.save().unwrap(), expected);
-    let mut device = target();
+    let mut device = destination();
     let mut before = sample();
     before.config_generation -= 1;
     device.restore(before).unwrap();
@@ -153,7 +153,7 @@ fn version_1_is_encoded_as_it_was_released() {
 
 #[test]
 fn states_that_cannot_be_are_refused() {
-    target().restore(sample()).unwrap();
+    destination().restore(sample()).unwrap();
     type Case = (&'static str, fn(&mut TransportStateV1));
     let spoilers: [Case; 19] = [
         ("device 1", |s| s.device_id = 1),
@@ -179,7 +179,7 @@ fn states_that_cannot_be_are_refused() {
     for (expected, spoil) in spoilers {
         let mut state = sample();
         spoil(&mut state);
-        let got = target().restore(state).unwrap_err().to_string();
+        let got = destination().restore(state).unwrap_err().to_string();
         assert!(got.contains(expected), "{got:?} instead of {expected:?}");
     }
 }
@@ -191,7 +191,7 @@ fn what_a_driver_may_write_before_it_starts_is_no_reason_to_refuse() {
     state.driver_features = u64::MAX;
     state.queues[0].size = u32::MAX;
     state.queues[0].driver_area = u64::MAX;
-    let mut device = target();
+    let mut device = destination();
     device.restore(state).unwrap();
     device.resume();
 }
@@ -199,11 +199,11 @@ fn what_a_driver_may_write_before_it_starts_is_no_reason_to_refuse() {
 #[test]
 fn a_longer_or_shorter_body_is_refused() {
     for len in 0..GOLDEN_V1.len() {
-        assert!(target().restore_section(&section(1, GOLDEN_V1[..len].to_vec())).is_err());
+        assert!(destination().restore_section(&section(1, GOLDEN_V1[..len].to_vec())).is_err());
     }
     let longer = [GOLDEN_V1, &[0]].concat();
-    assert!(target().restore_section(&section(1, longer)).is_err());
-    assert!(target().restore_section(&section(2, GOLDEN_V1.to_vec())).is_err());
+    assert!(destination().restore_section(&section(1, longer)).is_err());
+    assert!(destination().restore_section(&section(2, GOLDEN_V1.to_vec())).is_err());
 }
 
 proptest! {

@@ -28,11 +28,11 @@ pub struct Habits {
     pub dirties: u64,
     /// Paused by its user.
     pub paused: bool,
-    /// `activate` fails at the target.
+    /// `activate` fails at the destination.
     pub activation_fails: bool,
-    /// The target doesn't see the source's locks.
+    /// The destination doesn't see the source's locks.
     pub blind: bool,
-    /// At the target it gives its first sign when it was looked for so often before. `None`: never.
+    /// At the destination it gives its first sign when it was looked for so often before. `None`: never.
     pub sign_after: Option<u64>,
     /// Bytes of its state, beside a few.
     pub state_bytes: usize,

@@ -1,4 +1,4 @@
-//! The target's end of a fake guest: the place for it, the guest before it runs, and running.
+//! The destination's end of a fake guest: the place for it, the guest before it runs, and running.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -10,12 +10,12 @@ use crate::pages::Run;
 use crate::plan::{Plan, SectionId};
 use crate::state::Section;
 
-/// The target's machine.
+/// The destination's machine.
 #[derive(Debug)]
 pub struct FakeHost {
     /// The world.
     pub world: World,
-    /// The guest's habits, where they show at the target.
+    /// The guest's habits, where they show at the destination.
     pub habits: Habits,
 }
 
@@ -27,7 +27,7 @@ impl Host for FakeHost {
         plan: &Plan,
         lock_mark: Option<u64>,
     ) -> Result<Reserved<FakeVacant>, Vec<String>> {
-        self.world.step(Side::Target);
+        self.world.step(Side::Destination);
         if plan.config != [1, 2, 3] {
             return Err(vec!["another configuration".to_owned()]);
         }
@@ -42,7 +42,7 @@ impl Host for FakeHost {
     }
 }
 
-/// The target's guest before it runs.
+/// The destination's guest before it runs.
 #[derive(Debug)]
 pub struct FakeVacant {
     world: World,
@@ -72,20 +72,20 @@ impl Vacant for FakeVacant {
     }
 
     fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
-        self.world.step(Side::Target);
+        self.world.step(Side::Destination);
         self.state = sections[0].body.iter().copied().take(8).collect();
         Ok(())
     }
 
     fn activate(self, paused: bool) -> Result<Active<FakeRunning>, GuestError> {
-        self.world.state().hand(Side::Target);
-        self.world.step(Side::Target);
-        if self.habits.activation_fails || !self.world.lock(Side::Target) {
+        self.world.state().hand(Side::Destination);
+        self.world.step(Side::Destination);
+        if self.habits.activation_fails || !self.world.lock(Side::Destination) {
             self.world.state().hand(Side::Source);
             return Err("the disk's lock is held".into());
         }
-        self.world.step(Side::Target);
-        self.world.run(Side::Target);
+        self.world.step(Side::Destination);
+        self.world.run(Side::Destination);
         {
             let mut state = self.world.state();
             state.disk += 1;
@@ -94,7 +94,7 @@ impl Vacant for FakeVacant {
                 state.breaches.push("activated with other memory or state".to_owned());
             }
         }
-        self.world.step(Side::Target);
+        self.world.step(Side::Destination);
         let looks = Cell::new(0);
         let sign_after = self.habits.sign_after;
         let first_sign = (!paused).then(|| {
@@ -107,6 +107,6 @@ impl Vacant for FakeVacant {
     }
 }
 
-/// The target's guest, running.
+/// The destination's guest, running.
 #[derive(Debug)]
 pub struct FakeRunning(());

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use super::hostile_tests::{lines, source_hears_at, target_hears};
+use super::hostile_tests::{destination_hears, lines, source_hears_at};
 use crate::channel::Clock;
 use crate::message::Message;
 use crate::policy::OnTimeout;
@@ -133,11 +133,11 @@ fn a_source_takes_any_number() {
 }
 
 #[test]
-fn a_target_takes_any_number() {
+fn a_destination_takes_any_number() {
     let streams = streams(0);
     assert!(streams.len() > 200, "{} streams", streams.len());
     for stream in streams {
-        target_hears(stream.clone());
+        destination_hears(stream.clone());
         let _ = crate::inspect::inspect(&mut stream.as_slice(), |_| {});
     }
 }

@@ -11,12 +11,12 @@ use super::host::FakeHost;
 use super::sim::{Scenario, run};
 use super::world::World;
 use crate::channel::{Channel, Clock, Flow};
+use crate::destination::{self, Opening};
 use crate::message::Message;
 use crate::plan::MigrationId;
 use crate::policy::{Limits, OnTimeout};
 use crate::report::Progress;
 use crate::source::{Commitment, Deadlines, Options};
-use crate::target::{self, Opening};
 use crate::wire::{self, Algorithm, HEAD_LEN, PREAMBLE_LEN, RecordHead};
 
 /// Says its lines whatever it hears, then hangs up.
@@ -119,21 +119,21 @@ fn told(mut lines: Vec<(u32, Vec<u8>)>, lie: &Lie) -> Vec<u8> {
     out
 }
 
-/// A target that hears this; whether it activated the guest.
-pub(super) fn target_hears(stream: Vec<u8>) -> bool {
+/// A destination that hears this; whether it activated the guest.
+pub(super) fn destination_hears(stream: Vec<u8>) -> bool {
     let world = World::new(None);
     world.state().at_stop = None;
     let mut host = FakeHost { world: world.clone(), habits: Habits::default() };
     let mut observer = |_: &Progress| Flow::Continue;
     let observer = &mut observer;
     let channel = Channel::new(Script(io::Cursor::new(stream)), Frozen);
-    match target::accept(channel, target::Options::new("test"), observer) {
-        Ok(Opening::Migrate(target)) => target
+    match destination::accept(channel, destination::Options::new("test"), observer) {
+        Ok(Opening::Migrate(destination)) => destination
             .reserve(&mut host, observer)
-            .and_then(|target| target.precopy(observer))
-            .and_then(|target| target.stop_and_copy(observer))
-            .and_then(|target| target.await_commit(observer))
-            .and_then(target::Target::activate)
+            .and_then(|destination| destination.precopy(observer))
+            .and_then(|destination| destination.stop_and_copy(observer))
+            .and_then(|destination| destination.await_commit(observer))
+            .and_then(destination::Destination::activate)
             .is_ok(),
         Ok(Opening::Question(question)) => question.answer(&[]),
         Err(_) => false,
@@ -187,7 +187,7 @@ fn the_truth_is_taken() {
         }
         out
     };
-    assert!(target_hears(clean(0)), "the script is a migration");
+    assert!(destination_hears(clean(0)), "the script is a migration");
     assert_eq!(source_hears(clean(1)), "moved");
 }
 
@@ -195,7 +195,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
-    fn a_target_survives_a_lying_source(lie in lie()) {
+    fn a_destination_survives_a_lying_source(lie in lie()) {
         let lines = lines(0);
         let changed = told(lines.clone(), &lie) != told(lines.clone(), &Lie::Swap(0, 0));
         // The digest covers every record up to `End`. What comes after `Commit` is too late to matter.
@@ -203,12 +203,12 @@ proptest! {
         let about_done = matches!(&lie,
             Lie::Flip(at, ..) | Lie::Cut(at, _) | Lie::Grow(at, _) | Lie::Retype(at, _)
             | Lie::Drop(at) | Lie::Double(at) if at % lines.len() >= last - 1);
-        let activated = target_hears(told(lines, &lie));
+        let activated = destination_hears(told(lines, &lie));
         prop_assert!(!activated || !changed || about_done || pauses(&lie), "activated after {lie:?}");
     }
 
     #[test]
-    fn a_source_survives_a_lying_target(lie in lie()) {
+    fn a_source_survives_a_lying_destination(lie in lie()) {
         source_hears(told(lines(1), &lie));
     }
 
@@ -221,7 +221,7 @@ proptest! {
     fn any_bytes_after_a_preamble_are_refused(bytes: Vec<u8>) {
         let mut stream = wire::preamble(wire::StreamKind::Live).to_vec();
         stream.extend(&bytes);
-        prop_assert!(!target_hears(stream.clone()));
+        prop_assert!(!destination_hears(stream.clone()));
         prop_assert_eq!(source_hears(stream.clone()), "stays");
         stream[10] = 2;
         let _ = crate::inspect::inspect(&mut stream.as_slice(), |_| {});

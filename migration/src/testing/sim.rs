@@ -14,12 +14,12 @@ use super::host::FakeHost;
 use super::link::{End, Fault, Link};
 use super::world::{Side, World};
 use crate::channel::{Channel, Flow};
+use crate::destination::{self, Opening, Verdict};
 use crate::message::Reads;
 use crate::plan::MigrationId;
 use crate::policy::{Limits, OnTimeout};
 use crate::report::{Progress, Report};
 use crate::source::{Commitment, Deadlines, Decision, InDoubt, Options};
-use crate::target::{self, Opening, Verdict};
 use crate::wire::Algorithm;
 
 const ID: MigrationId = MigrationId([7; 16]);
@@ -41,13 +41,13 @@ pub struct Scenario {
     pub capacity: usize,
     /// The source's observer cancels when asked so often.
     pub cancel_at: Option<u64>,
-    /// A source in doubt tries the locks at once, while the target may still be at it.
+    /// A source in doubt tries the locks at once, while the destination may still be at it.
     pub eager_locks: bool,
     /// What to do when the time is up.
     pub on_timeout: OnTimeout,
-    /// The target doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, and no first sign
+    /// The destination doesn't say what it reads, as one of an earlier release: pages go to it in `Pages`, and no first sign
     /// is awaited from it.
-    pub older_target: bool,
+    pub older_destination: bool,
     /// To one that does, pages go in `Pages` too, else in `Pages2`.
     pub crc: bool,
     /// How long the link blocks at most, if not for its usual time.
@@ -63,7 +63,7 @@ pub struct Scenario {
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// At the target.
+    /// At the destination.
     Moved,
     /// At the source.
     Stayed,
@@ -90,8 +90,8 @@ pub struct Run {
     pub error: Option<String>,
 }
 
-/// What the target's process holds when its part is over.
-type TargetEnd = Vec<Verdict>;
+/// What the destination's process holds when its part is over.
+type DestinationEnd = Vec<Verdict>;
 
 enum SourceEnd {
     Moved(Report),
@@ -114,9 +114,9 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
     let (source, verdicts) = both(
         &link,
         |end| source_main(end, guest, scenario),
-        |end| target_main(end, host, scenario),
+        |end| destination_main(end, host, scenario),
     );
-    let sent = [link.sent(Side::Source), link.sent(Side::Target)];
+    let sent = [link.sent(Side::Source), link.sent(Side::Destination)];
     let (mut report, mut error) = (None, None);
     let ending = match source {
         None => None,
@@ -127,20 +127,20 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
         }
     };
     let mut state = world.state();
-    let (at_source, at_target) = state.running();
-    if !at_source && !at_target && !state.owner_crashed {
+    let (at_source, at_destination) = state.running();
+    if !at_source && !at_destination && !state.owner_crashed {
         state.breaches.push("none running, and the owner didn't crash".to_owned());
     }
     if at_source && state.activations > 0 {
-        state.breaches.push("the source's copy goes on after the target's ran".to_owned());
+        state.breaches.push("the source's copy goes on after the destination's ran".to_owned());
     }
-    let ending = match (ending, at_source, at_target) {
+    let ending = match (ending, at_source, at_destination) {
         (Some(Ending::Decided), ..) => Ending::Decided,
         (_, true, _) => Ending::Stayed,
         (_, _, true) => Ending::Moved,
         _ => Ending::Lost,
     };
-    let steps = [state.steps(Side::Source), state.steps(Side::Target)];
+    let steps = [state.steps(Side::Source), state.steps(Side::Destination)];
     Run { ending, breaches: std::mem::take(&mut state.breaches), sent, steps, report, error }
 }
 
@@ -148,23 +148,23 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
 fn both<S: Send, T: Send>(
     link: &Link,
     source: impl FnOnce(&End) -> S,
-    target: impl FnOnce(&End) -> T + Send,
+    destination: impl FnOnce(&End) -> T + Send,
 ) -> (Option<S>, Option<T>) {
-    let run_target = |end: End| {
+    let run_destination = |end: End| {
         let turn = end.begin();
-        let result = catch_unwind(AssertUnwindSafe(|| target(&turn)));
+        let result = catch_unwind(AssertUnwindSafe(|| destination(&turn)));
         drop(turn);
         result
     };
-    let (source, target) = thread::scope(|scope| {
-        let end = link.end(Side::Target);
-        let target = scope.spawn(move || run_target(end));
+    let (source, destination) = thread::scope(|scope| {
+        let end = link.end(Side::Destination);
+        let destination = scope.spawn(move || run_destination(end));
         let turn = link.end(Side::Source).begin();
         let source = catch_unwind(AssertUnwindSafe(|| source(&turn)));
         drop(turn);
-        (source, target.join().expect("caught within"))
+        (source, destination.join().expect("caught within"))
     });
-    (uncrashed(source), uncrashed(target))
+    (uncrashed(source), uncrashed(destination))
 }
 
 /// A crash on purpose is `None`; any other panic goes on.
@@ -228,9 +228,9 @@ fn settle(commitment: Commitment<FakeLive>, try_locks: bool) -> SourceEnd {
     }
 }
 
-fn target_options(scenario: &Scenario) -> target::Options {
-    let mut options = target::Options::new("sim");
-    if scenario.older_target {
+fn destination_options(scenario: &Scenario) -> destination::Options {
+    let mut options = destination::Options::new("sim");
+    if scenario.older_destination {
         options.reads = Reads::default();
     }
     options.still = Duration::from_secs(8);
@@ -238,21 +238,21 @@ fn target_options(scenario: &Scenario) -> target::Options {
     options
 }
 
-fn target_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> TargetEnd {
+fn destination_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> DestinationEnd {
     let mut observer = |_: &Progress| Flow::Continue;
     let observer = &mut observer;
-    let opening = target::accept(channel(end), target_options(scenario), observer);
-    let target = match opening {
-        Ok(Opening::Migrate(target)) => target,
+    let opening = destination::accept(channel(end), destination_options(scenario), observer);
+    let destination = match opening {
+        Ok(Opening::Migrate(destination)) => destination,
         Ok(Opening::Question(_)) => unreachable!("no source asks first"),
         Err(_) => return Vec::new(),
     };
-    let ended = target
+    let ended = destination
         .reserve(&mut host, observer)
-        .and_then(|target| target.precopy(observer))
-        .and_then(|target| target.stop_and_copy(observer))
-        .and_then(|target| target.await_commit(observer))
-        .and_then(target::Target::activate);
+        .and_then(|destination| destination.precopy(observer))
+        .and_then(|destination| destination.stop_and_copy(observer))
+        .and_then(|destination| destination.await_commit(observer))
+        .and_then(destination::Destination::activate);
     match ended {
         Ok((_, mut farewell)) => {
             if farewell.source_knows() {
@@ -267,7 +267,7 @@ fn target_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> TargetEnd 
 /// What the source still has to do once the first connection is over for both.
 fn conclude(
     source: SourceEnd,
-    verdicts: Option<TargetEnd>,
+    verdicts: Option<DestinationEnd>,
     world: &World,
     scenario: &Scenario,
 ) -> (Ending, Option<Report>, Option<String>) {
@@ -279,7 +279,7 @@ fn conclude(
             None => (Ending::Lost, None, None),
             Some(Ok(stayed)) => (Ending::Stayed, Some(stayed.report), Some(stayed.error.line())),
             Some(Err(stuck)) => {
-                let breach = format!("stuck with the target gone: {}", stuck.1);
+                let breach = format!("stuck with the destination gone: {}", stuck.1);
                 world.state().breaches.push(breach);
                 (Ending::Lost, None, None)
             }
@@ -290,8 +290,9 @@ fn conclude(
                 None => (Ending::Lost, None, None),
                 Some(SourceEnd::InDoubt(doubt)) => {
                     // Nobody answers and the locks can't tell: the operator, who sees both hosts.
-                    if !world.state().crashed(Side::Target) {
-                        let breach = "the operator was needed though the target lives".to_owned();
+                    if !world.state().crashed(Side::Destination) {
+                        let breach =
+                            "the operator was needed though the destination lives".to_owned();
                         world.state().breaches.push(breach);
                     }
                     let ran = world.state().activations > 0;
@@ -308,7 +309,7 @@ fn conclude(
 /// Asks over new connections, then tries the locks.
 fn resolve(
     mut doubt: Box<InDoubt<FakeLive>>,
-    verdicts: Option<&TargetEnd>,
+    verdicts: Option<&DestinationEnd>,
     world: &World,
     scenario: &Scenario,
 ) -> Option<SourceEnd> {
@@ -323,7 +324,11 @@ fn resolve(
             },
             |end| {
                 let mut observer = |_: &Progress| Flow::Continue;
-                match target::accept(channel(end), target_options(scenario), &mut observer) {
+                match destination::accept(
+                    channel(end),
+                    destination_options(scenario),
+                    &mut observer,
+                ) {
                     Ok(Opening::Question(question)) => question.answer(verdicts),
                     _ => false,
                 }
@@ -333,7 +338,7 @@ fn resolve(
             SourceEnd::InDoubt(still) => doubt = still,
             settled => return Some(settled),
         }
-        if world.state().crashed(Side::Target) {
+        if world.state().crashed(Side::Destination) {
             break;
         }
     }

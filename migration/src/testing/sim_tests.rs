@@ -75,14 +75,14 @@ fn places(sent: &[u8]) -> Vec<u64> {
 #[test]
 fn a_clean_run_moves_the_guest() {
     for seed in 0..50 {
-        let (older_target, crc) = (seed % 2 == 0, seed % 4 > 1);
-        let run = run(&Scenario { older_target, crc, ..base(seed) }, true);
+        let (older_destination, crc) = (seed % 2 == 0, seed % 4 > 1);
+        let run = run(&Scenario { older_destination, crc, ..base(seed) }, true);
         assert_eq!((run.ending, run.breaches.len()), (Ending::Moved, 0), "seed {seed}: {run:?}");
         let report = run.report.expect("a report");
         assert!(report.rounds.len() >= 2 && report.downtime.is_some(), "{report:?}");
         assert_eq!(report.warnings, ["an MSR is spared"]);
         let kinds: Vec<_> = records(&run.sent[0]).iter().map(|(_, head)| head.kind).collect();
-        let (pages, other) = match older_target || crc {
+        let (pages, other) = match older_destination || crc {
             true => (record::PAGES, record::PAGES2),
             false => (record::PAGES2, record::PAGES),
         };
@@ -104,10 +104,11 @@ fn rounds_follow_each_other() {
 fn every_byte_of_both_directions_broken_in_every_way() {
     let mut tally = Tally::default();
     for (seed, blind) in [(1, false), (2, true)] {
-        let mut scenario = Scenario { older_target: blind, ..base(seed) };
+        let mut scenario = Scenario { older_destination: blind, ..base(seed) };
         scenario.habits.blind = blind;
         let clean = run(&scenario, true);
-        for (sender, sent) in [(Side::Source, &clean.sent[0]), (Side::Target, &clean.sent[1])] {
+        for (sender, sent) in [(Side::Source, &clean.sent[0]), (Side::Destination, &clean.sent[1])]
+        {
             for at in places(sent) {
                 for kind in Kind::ALL {
                     scenario.fault = Some(Fault { sender, at, kind });
@@ -160,7 +161,7 @@ fn either_side_crashed_at_every_step() {
         let mut scenario = base(seed);
         scenario.habits.blind = blind;
         let clean = run(&scenario, false);
-        for (side, steps) in [(Side::Source, clean.steps[0]), (Side::Target, clean.steps[1])] {
+        for (side, steps) in [(Side::Source, clean.steps[0]), (Side::Destination, clean.steps[1])] {
             for step in 1..=steps {
                 scenario.crash = Some((side, step));
                 tally.run(&scenario);
@@ -170,7 +171,7 @@ fn either_side_crashed_at_every_step() {
     println!("{:?}", tally.0);
     assert!(tally.count("lost") > 50, "the owner crashed: {:?}", tally.0);
     assert!(tally.count("moved") > 2, "the source crashed after the commitment: {:?}", tally.0);
-    assert!(tally.count("stayed") > 40, "the target crashed before it: {:?}", tally.0);
+    assert!(tally.count("stayed") > 40, "the destination crashed before it: {:?}", tally.0);
 }
 
 #[test]
@@ -179,7 +180,7 @@ fn anything_at_once() {
     let mut random = Random::new(0x5eed);
     for seed in 1000..4000 {
         let sender =
-            |random: &mut Random| [Side::Source, Side::Target][(random.next() % 2) as usize];
+            |random: &mut Random| [Side::Source, Side::Destination][(random.next() % 2) as usize];
         let fault = |random: &mut Random, within: u64| Fault {
             sender: sender(random),
             at: random.below(within),
@@ -208,7 +209,7 @@ fn anything_at_once() {
             eager_locks: some(&mut random, 2),
             on_timeout: [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle]
                 [(random.next() % 3) as usize],
-            older_target: some(&mut random, 2),
+            older_destination: some(&mut random, 2),
             slice: some(&mut random, 8).then(|| Duration::from_millis(20)),
             crc: some(&mut random, 2),
             timeout: some(&mut random, 4).then(|| Duration::from_millis(random.below(100))),
@@ -245,9 +246,9 @@ fn the_downtime_lasts_to_the_first_sign_where_one_comes_in_time() {
     let mut scenario = base(31);
     // By the usual slice the time of the wait is over at once.
     scenario.slice = Some(Duration::from_millis(1));
-    let mut run = |sign_after, paused, older_target| {
+    let mut run = |sign_after, paused, older_destination| {
         scenario.habits = Habits { sign_after, paused, ..scenario.habits };
-        scenario.older_target = older_target;
+        scenario.older_destination = older_destination;
         told(&super::run(&scenario, false))
     };
     let (without, none) = run(None, false, false);
@@ -273,7 +274,7 @@ fn a_connection_that_breaks_before_the_first_sign_changes_nothing() {
     assert_eq!((head.kind, head.optional, sign.is_some()), (record::FIRST_SIGN, true, true));
     for at in at..clean.sent[1].len() {
         for kind in Kind::ALL {
-            scenario.fault = Some(Fault { sender: Side::Target, at: at as u64, kind });
+            scenario.fault = Some(Fault { sender: Side::Destination, at: at as u64, kind });
             let (broken, heard) = told(&run(&scenario, false));
             let expected = if kind == Kind::Short { sign } else { None };
             assert_eq!(heard, expected, "{kind:?} at {at}");

@@ -88,7 +88,7 @@ fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
     scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
     let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
-    let (source, target) = both(
+    let (source, destination) = both(
         &link,
         |end| {
             let mut observer = |_: &Progress| Flow::Continue;
@@ -104,14 +104,15 @@ fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
         },
         |end| {
             let mut observer = |_: &Progress| Flow::Continue;
-            let opening = target::accept(channel(end), target_options(scenario), &mut observer);
-            let Ok(Opening::Migrate(target)) = opening else { panic!("no migration") };
-            let prepared = target.reserve(&mut host, &mut observer).unwrap();
+            let opening =
+                destination::accept(channel(end), destination_options(scenario), &mut observer);
+            let Ok(Opening::Migrate(destination)) = opening else { panic!("no migration") };
+            let prepared = destination.reserve(&mut host, &mut observer).unwrap();
             prepared.precopy(&mut observer).expect_err("nothing comes")
         },
     );
     let (forecast, report) = source.expect("no crash");
-    assert!(target.expect("no crash").dry_run);
+    assert!(destination.expect("no crash").dry_run);
     assert_eq!(world.state().running(), (true, false));
     (forecast, report)
 }

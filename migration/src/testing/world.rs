@@ -8,7 +8,7 @@ pub enum Side {
     /// Where the guest is at first.
     Source = 0,
     /// Where it goes.
-    Target = 1,
+    Destination = 1,
 }
 
 /// What a crashing side unwinds with.
@@ -20,8 +20,8 @@ pub struct Crash;
 pub struct State {
     running: [bool; 2],
     crashed: [bool; 2],
-    /// The target has read `Commit` and not given the guest back.
-    target_owns: bool,
+    /// The destination has read `Commit` and not given the guest back.
+    destination_owns: bool,
     /// The guest's owner crashed.
     pub owner_crashed: bool,
     lock: Option<usize>,
@@ -31,7 +31,7 @@ pub struct State {
     crash_at: Option<(usize, u64)>,
     /// RAM and sections of the guest at its stop.
     pub at_stop: Option<(Vec<u8>, Vec<u8>)>,
-    /// Times the guest was activated at the target.
+    /// Times the guest was activated at the destination.
     pub activations: u32,
     /// Breaches of a rule.
     pub breaches: Vec<String>,
@@ -65,7 +65,7 @@ impl World {
         if state.crash_at == Some((me, state.steps[me])) {
             state.crashed[me] = true;
             state.running[me] = false;
-            state.owner_crashed |= state.target_owns == (side == Side::Target);
+            state.owner_crashed |= state.destination_owns == (side == Side::Destination);
             if state.lock == Some(me) {
                 state.lock = None;
             }
@@ -114,7 +114,7 @@ impl World {
 impl State {
     /// The guest changes hands.
     pub fn hand(&mut self, to: Side) {
-        self.target_owns = to == Side::Target;
+        self.destination_owns = to == Side::Destination;
     }
 
     /// On which sides the guest runs.

@@ -144,22 +144,22 @@ fn vcpu_state_survives_a_move() {
         assert_eq!(msr::restore(vcpu, &star).unwrap(), []);
     }
 
-    let target = Vm::new(&kvm, 2);
+    let destination = Vm::new(&kvm, 2);
     for (index, mp_state) in [KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED].iter().enumerate()
     {
         let saved = source.save(index);
         assert_eq!(saved.mp_state, *mp_state);
-        assert!(saved != target.save(index), "the test would prove nothing");
-        vcpu_state::restore(&target.vcpus[index], &saved).unwrap();
-        let again = target.save(index);
+        assert!(saved != destination.save(index), "the test would prove nothing");
+        vcpu_state::restore(&destination.vcpus[index], &saved).unwrap();
+        let again = destination.save(index);
         assert_eq!(again.msrs, saved.msrs);
         assert_eq!(again.cpuid, saved.cpuid);
         assert!(again == saved, "something that is bytes was lost");
     }
     let moved = source.save(0);
     assert!(moved.msrs.contains(&star[0]) && moved.msrs.contains(&star[1]), "{:x?}", moved.msrs);
-    assert!(lapic_in_use(&target.vcpus[0]));
-    assert!(!lapic_in_use(&target.vcpus[1]));
+    assert!(lapic_in_use(&destination.vcpus[0]));
+    assert!(!lapic_in_use(&destination.vcpus[1]));
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn a_refused_msr_that_the_guest_can_spare_is_told() {
 #[test]
 fn chip_state_survives_a_move() {
     let Some(kvm) = kvm() else { return };
-    let (source, target) = (Vm::new(&kvm, 1).vm, Vm::new(&kvm, 1).vm);
+    let (source, destination) = (Vm::new(&kvm, 1).vm, Vm::new(&kvm, 1).vm);
     let mut configured = ChipPart { vm: &source }.save().unwrap();
     // Redirection entry 6 of the I/O APIC: unmasked, vector 0x31, edge.
     const ENTRY_6: usize = 8 + 24 + 6 * 8;
@@ -216,35 +216,39 @@ fn chip_state_survives_a_move() {
     ChipPart { vm: &source }.restore(configured.clone()).unwrap();
     let saved = ChipPart { vm: &source }.save().unwrap();
     assert_eq!(saved, configured);
-    assert_ne!(saved, ChipPart { vm: &target }.save().unwrap(), "the test would prove nothing");
-    ChipPart { vm: &target }.restore(saved.clone()).unwrap();
-    assert_eq!(ChipPart { vm: &target }.save().unwrap(), saved);
+    assert_ne!(
+        saved,
+        ChipPart { vm: &destination }.save().unwrap(),
+        "the test would prove nothing"
+    );
+    ChipPart { vm: &destination }.restore(saved.clone()).unwrap();
+    assert_eq!(ChipPart { vm: &destination }.save().unwrap(), saved);
 
     let mut swapped = saved.clone();
     swapped.pic_master = saved.ioapic.clone();
-    let refused = ChipPart { vm: &target }.restore(swapped);
+    let refused = ChipPart { vm: &destination }.restore(swapped);
     assert!(matches!(refused, Err(RestoreError::Invalid { .. })), "{refused:?}");
     let mut short = saved;
     short.ioapic.pop();
-    let refused = ChipPart { vm: &target }.restore(short);
+    let refused = ChipPart { vm: &destination }.restore(short);
     assert!(matches!(refused, Err(RestoreError::Invalid { .. })), "{refused:?}");
 }
 
-/// Saves the clock of `source`, waits, restores it into `target` and saves it there. Returns both, and
+/// Saves the clock of `source`, waits, restores it into `destination` and saves it there. Returns both, and
 /// the least and the most time that can have passed between them and since the restore.
 fn move_clock(
     source: &Vm,
-    target: &Vm,
+    destination: &Vm,
     downtime: Downtime,
 ) -> (ClockStateV1, ClockStateV1, Duration, Duration) {
     let from: Vec<_> = source.vcpus.iter().collect();
-    let to: Vec<_> = target.vcpus.iter().collect();
+    let to: Vec<_> = destination.vcpus.iter().collect();
     let start = Instant::now();
     let saved =
         ClockPart { vm: &source.vm, vcpus: &from, ram: &source.ram, downtime }.save().unwrap();
     std::thread::sleep(PAUSE);
     let restored = Instant::now();
-    let mut part = ClockPart { vm: &target.vm, vcpus: &to, ram: &target.ram, downtime };
+    let mut part = ClockPart { vm: &destination.vm, vcpus: &to, ram: &destination.ram, downtime };
     part.restore(saved.clone()).unwrap();
     let again = part.save().unwrap();
     (saved, again, start.elapsed(), restored.elapsed())
@@ -255,9 +259,9 @@ const PAUSE: Duration = Duration::from_millis(50);
 #[test]
 fn the_clock_goes_on_as_if_it_had_never_stopped() {
     let Some(kvm) = kvm() else { return };
-    let (source, target) = (Vm::new(&kvm, 2), Vm::new(&kvm, 2));
+    let (source, destination) = (Vm::new(&kvm, 2), Vm::new(&kvm, 2));
     std::thread::sleep(PAUSE);
-    let (saved, again, most, _) = move_clock(&source, &target, Downtime::Passes);
+    let (saved, again, most, _) = move_clock(&source, &destination, Downtime::Passes);
     let ahead = Duration::from_nanos(again.kvmclock_ns - saved.kvmclock_ns);
     assert!(PAUSE <= ahead && ahead <= most + CLOCK_SLACK, "{ahead:?} of at most {most:?}");
     assert_eq!(again.tsc_khz, saved.tsc_khz);
@@ -275,8 +279,8 @@ const CLOCK_SLACK: Duration = Duration::from_millis(20);
 #[test]
 fn the_clock_stands_still_for_a_snapshot() {
     let Some(kvm) = kvm() else { return };
-    let (source, target) = (Vm::new(&kvm, 1), Vm::new(&kvm, 1));
-    let (saved, again, _, since) = move_clock(&source, &target, Downtime::StandsStill);
+    let (source, destination) = (Vm::new(&kvm, 1), Vm::new(&kvm, 1));
+    let (saved, again, _, since) = move_clock(&source, &destination, Downtime::StandsStill);
     let ahead = Duration::from_nanos(again.kvmclock_ns - saved.kvmclock_ns);
     assert!(ahead <= since + Duration::from_millis(1), "{ahead:?} in {since:?}");
 }

@@ -31,7 +31,7 @@ const ROWS: &[Row] = &[
     ("save", "save of all state, 4 vCPUs", "ms", Goal::Most(2.0)),
     ("restore", "restore of all state, 4 vCPUs", "ms", Goal::Most(5.0)),
     ("source", "own memory of the source grows by", "MiB", Goal::Most(16.0)),
-    ("target", "own memory of the destination grows by", "MiB", Goal::Most(16.0)),
+    ("destination", "own memory of the destination grows by", "MiB", Goal::Most(16.0)),
 ];
 const DIRTY_MIB: u64 = 2048;
 const LOOK: Duration = Duration::from_millis(20);
@@ -57,7 +57,7 @@ pub fn measure(settings: &Settings) -> Result<()> {
             table.note(peer, "share-used", mib / seconds / used);
             table.note(peer, "share-fresh", mib / seconds / fresh);
             table.note(peer, "source", grown[0]);
-            table.note(peer, "target", grown[1]);
+            table.note(peer, "destination", grown[1]);
         } else {
             let (report, _) = moved(Guest::dirtier(16, 0), 8192, 4, || Ok(()))?;
             let downtime = &report["downtime"];
@@ -106,7 +106,7 @@ fn moved(
 ) -> Result<(Value, [f64; 2])> {
     let dir = std::env::temp_dir().join(format!("vmm-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
-    let [source_socket, target_socket] = ["source", "target"].map(|name| dir.join(name));
+    let [source_socket, destination_socket] = ["source", "destination"].map(|name| dir.join(name));
     let vmm = |words: &[&str]| {
         let mut command = Command::new("./vmm");
         command.args(words);
@@ -119,21 +119,21 @@ fn moved(
     meanwhile()?;
     let uri = format!("tcp:127.0.0.1:{}", free_port()?);
     let mut listen = vmm(&["migrate", "--listen", &uri]);
-    let mut target = Watched::spawn(listen.arg("--control").arg(&target_socket))?;
+    let mut destination = Watched::spawn(listen.arg("--control").arg(&destination_socket))?;
     until_listening(uri.rsplit(':').next().unwrap_or_default().parse()?)?;
     let before = source.own_anonymous_kib()?;
     let mut most = [before; 2];
     let mut connect = vmm(&["migrate", "--connect", &uri, "--json", "--downtime-limit", "60s"]);
     let mut client = Watched::spawn(connect.arg(&source_socket))?;
     while client.watch_for(LOOK) {
-        for (most, end) in most.iter_mut().zip([&source, &target]) {
+        for (most, end) in most.iter_mut().zip([&source, &destination]) {
             // One that has ended has nothing more.
             *most = (*most).max(end.own_anonymous_kib().unwrap_or(0));
         }
     }
     let text = client.wait_for_end()?;
-    target.wait_for(".")?;
-    drop((source, target));
+    destination.wait_for(".")?;
+    drop((source, destination));
     std::fs::remove_dir_all(&dir)?;
     let report = serde_json::from_str(text.lines().last().unwrap_or_default())?;
     Ok((report, most.map(|most| (most - before) as f64 / 1024.0)))

@@ -79,8 +79,8 @@ pub fn measure(settings: &Settings, dirty_mibs: &[u32]) -> Result<()> {
 
 /// Moves one guest.
 fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Result<()> {
-    let [source_socket, target_socket] = ["/tmp/bench.source", "/tmp/bench.target"];
-    for socket in [source_socket, target_socket] {
+    let [source_socket, destination_socket] = ["/tmp/bench.source", "/tmp/bench.destination"];
+    for socket in [source_socket, destination_socket] {
         // Left by the one before.
         let _ = std::fs::remove_file(socket);
     }
@@ -90,14 +90,14 @@ fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Resul
     source.watch_for(SETTLE);
     let port = free_port()?;
     let uri = format!("tcp:127.0.0.1:{port}");
-    let mut target = match peer {
+    let mut destination = match peer {
         Peer::Qemu => {
-            guest.control = Some(target_socket.to_owned());
+            guest.control = Some(destination_socket.to_owned());
             Watched::spawn(qemu(&guest).args(["-incoming", &uri]))?
         }
         _ => {
             let mut command = Command::new("./vmm");
-            command.args(["migrate", "--listen", &uri, "--control", target_socket]);
+            command.args(["migrate", "--listen", &uri, "--control", destination_socket]);
             Watched::spawn(&mut command)?
         }
     };
@@ -109,15 +109,15 @@ fn one(peer: Peer, mut guest: Guest, dirtying: bool, table: &mut Table) -> Resul
             eprintln!("bench: the source's console:\n{}", source.text());
         })?,
     };
-    target.wait_for("")?;
-    target.watch_for(SETTLE);
+    destination.wait_for("")?;
+    destination.watch_for(SETTLE);
     source.watch_for(Duration::from_millis(100));
-    let (left, came) = (source.last(), target.wait_for("")?);
+    let (left, came) = (source.last(), destination.wait_for("")?);
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let outside = left.map_or(0.0, |left| ms(came.saturating_duration_since(left)));
-    let gaps = source.text_since(told.start) + &target.text();
+    let gaps = source.text_since(told.start) + &destination.text();
     let gaps = gaps.lines().filter_map(|line| line.strip_prefix("gap ")?.trim().parse().ok());
-    let largest_us: u32 = gaps.max().ok_or_else(|| format!("no gap: {}", target.text()))?;
+    let largest_us: u32 = gaps.max().ok_or_else(|| format!("no gap: {}", destination.text()))?;
     table.note(peer, "total", ms(told.end - told.start));
     table.note(peer, "outside", outside);
     table.note(peer, "guest", f64::from(largest_us) / 1e3);

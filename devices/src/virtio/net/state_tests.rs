@@ -34,11 +34,11 @@ fn a_frame_that_waits_moves_along() {
     incoming(&b, &[frame(4000, 1)]);
     assert!(!b.ready());
     let saved = b.device.save_section(0).unwrap();
-    let mut target = Bench::new(MERGE);
-    target.device.restore_section(&saved).unwrap();
-    target.post(3, 1536);
-    assert!(target.process(RX).used, "the start brings it");
-    target.expect(&frame(4000, 1), 3);
+    let mut destination = Bench::new(MERGE);
+    destination.device.restore_section(&saved).unwrap();
+    destination.post(3, 1536);
+    assert!(destination.process(RX).used, "the start brings it");
+    destination.expect(&frame(4000, 1), 3);
 }
 
 #[test]

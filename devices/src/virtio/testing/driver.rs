@@ -204,9 +204,9 @@ impl Driver {
 pub fn moved(source: &mut Driver, fresh: Box<dyn VirtioDevice>) -> Driver {
     use vmm_migration::state::Saved;
     let [transport, inner] = source.save();
-    let mut target = Driver::at_rest(fresh, &source.ram);
-    target.device.restore_section(&transport).expect("the transport's state is valid");
-    let device = target.device.inner_part().expect("a device behind the transport");
+    let mut destination = Driver::at_rest(fresh, &source.ram);
+    destination.device.restore_section(&transport).expect("the transport's state is valid");
+    let device = destination.device.inner_part().expect("a device behind the transport");
     device.restore_section(&inner).expect("the device's state is valid");
-    target
+    destination
 }

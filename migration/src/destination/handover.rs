@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Common, Ended, Target};
+use super::{Common, Destination, Ended};
 use crate::channel::{Flow, Wait};
 use crate::error::MigrateError;
 use crate::guest::{Active, SignWatch, Vacant};
@@ -110,7 +110,7 @@ impl Farewell {
     }
 }
 
-impl<V: Vacant> Target<Restored<V>> {
+impl<V: Vacant> Destination<Restored<V>> {
     /// Stage 4, commitment: waits for the whole of `Commit`.
     ///
     /// # Errors
@@ -119,8 +119,8 @@ impl<V: Vacant> Target<Restored<V>> {
     pub fn await_commit(
         self,
         observer: &mut dyn Observer,
-    ) -> Result<Target<Committed<V>>, Box<Ended>> {
-        let Target { mut common, stage: Restored { guest, paused } } = self;
+    ) -> Result<Destination<Committed<V>>, Box<Ended>> {
+        let Destination { mut common, stage: Restored { guest, paused } } = self;
         common.progress.stage = Stage::Commitment;
         let until = common.channel.now() + common.options.commit;
         common.options.still = common.options.commit;
@@ -132,7 +132,7 @@ impl<V: Vacant> Target<Restored<V>> {
         let error = match message {
             Ok(Message::Commit(commit)) if commit.id == common.id => {
                 let stage = Committed { guest, paused, read_at: common.channel.now() };
-                return Ok(Target { common, stage });
+                return Ok(Destination { common, stage });
             }
             Ok(other) => MigrateError::Channel {
                 stage: Stage::Commitment,
@@ -155,7 +155,7 @@ impl Common {
     }
 }
 
-impl<V: Vacant> Target<Committed<V>> {
+impl<V: Vacant> Destination<Committed<V>> {
     /// Stage 5, activation: takes the disks, runs the guest, tells the source. That the source doesn't
     /// hear it changes nothing. Gives the guest, and what is left to do with the source.
     ///
@@ -163,7 +163,7 @@ impl<V: Vacant> Target<Committed<V>> {
     /// The guest couldn't be activated; it is gone, and never ran. The source was told, so that it
     /// resumes its own.
     pub fn activate(self) -> Result<(V::Running, Farewell), Box<Ended>> {
-        let Target { mut common, stage: Committed { guest, paused, read_at } } = self;
+        let Destination { mut common, stage: Committed { guest, paused, read_at } } = self;
         common.progress.stage = Stage::Activation;
         let Active { running, guest_stall_us, first_sign: sign } = match guest.activate(paused) {
             Ok(active) => active,

@@ -1,6 +1,6 @@
 //! Stages 2 and 3 at the destination: pages straight into the vacant guest, then its state.
 
-use super::{Common, Ended, Prepared, Restored, Target};
+use super::{Common, Destination, Ended, Prepared, Restored};
 use crate::channel::{ChannelError, Flow, Incoming, Pages};
 use crate::chunk::Encoding;
 use crate::error::MigrateError;
@@ -30,7 +30,7 @@ struct Arriving<V> {
     written: PageSet,
 }
 
-impl<V: Vacant> Target<Prepared<V>> {
+impl<V: Vacant> Destination<Prepared<V>> {
     /// What will be moved here.
     #[must_use]
     pub fn plan(&self) -> &Plan {
@@ -47,12 +47,15 @@ impl<V: Vacant> Target<Prepared<V>> {
     ///
     /// # Errors
     /// The source left, or sent what can't be.
-    pub fn precopy(mut self, observer: &mut dyn Observer) -> Result<Target<Copied<V>>, Box<Ended>> {
+    pub fn precopy(
+        mut self,
+        observer: &mut dyn Observer,
+    ) -> Result<Destination<Copied<V>>, Box<Ended>> {
         self.common.progress.stage = Stage::PreCopy;
         let Prepared { guest, plan, dry_run } = self.stage;
         let mut memory = Arriving { guest, plan, written: PageSet::new() };
         match self.common.rounds(&mut memory, observer) {
-            Ok(stop) => Ok(Target { common: self.common, stage: Copied { memory, stop } }),
+            Ok(stop) => Ok(Destination { common: self.common, stage: Copied { memory, stop } }),
             Err(mut ended) => {
                 // A dry run reserves, samples and leaves.
                 ended.dry_run = dry_run
@@ -147,7 +150,7 @@ impl<V: Vacant> Arriving<V> {
     }
 }
 
-impl<V: Vacant> Target<Copied<V>> {
+impl<V: Vacant> Destination<Copied<V>> {
     /// Stage 3, stop-and-copy: the last pages, the sections, the digest; restores the guest and says
     /// `Ready`.
     ///
@@ -157,8 +160,8 @@ impl<V: Vacant> Target<Copied<V>> {
     pub fn stop_and_copy(
         self,
         observer: &mut dyn Observer,
-    ) -> Result<Target<Restored<V>>, Box<Ended>> {
-        let Target { mut common, stage } = self;
+    ) -> Result<Destination<Restored<V>>, Box<Ended>> {
+        let Destination { mut common, stage } = self;
         let Copied { mut memory, stop } = stage;
         common.progress.stage = Stage::StopAndCopy;
         common.progress.pages_left = stop.pages;
@@ -176,7 +179,7 @@ impl<V: Vacant> Target<Copied<V>> {
         match common.exchange(observer, |channel, wait| channel.send(&ready, wait)) {
             Ok(()) => {
                 let stage = Restored { guest: memory.guest, paused: end.paused };
-                Ok(Target { common, stage })
+                Ok(Destination { common, stage })
             }
             Err(error) => Err(common.never_activated(error)),
         }

@@ -1,7 +1,7 @@
 //! The destination's end of a migration, stage by stage.
 //!
-//! [`accept`] → [`Target::reserve`] → [`Target::precopy`] → [`Target::stop_and_copy`] →
-//! [`Target::await_commit`] → [`Target::activate`]. Each stage owns the vacant guest; dropping any of them
+//! [`accept`] → [`Destination::reserve`] → [`Destination::precopy`] → [`Destination::stop_and_copy`] →
+//! [`Destination::await_commit`] → [`Destination::activate`]. Each stage owns the vacant guest; dropping any of them
 //! before activation leaves nothing behind and the disks untouched.
 //!
 //! Invariant: the guest is activated iff the whole `Commit` was read. Whatever ended otherwise after
@@ -57,7 +57,7 @@ impl Options {
 
 /// A migration at the destination in one of its stages.
 #[derive(Debug)]
-pub struct Target<S> {
+pub struct Destination<S> {
     pub(crate) common: Box<Common>,
     pub(crate) stage: S,
 }
@@ -98,7 +98,7 @@ pub struct Ended {
 #[derive(Debug)]
 pub enum Opening {
     /// A migration.
-    Migrate(Target<Greeted>),
+    Migrate(Destination<Greeted>),
     /// A source in doubt, to be answered with [`Question::answer`].
     Question(Box<Question>),
 }
@@ -212,7 +212,7 @@ impl Common {
         let sent = self
             .exchange(observer, |channel, wait| channel.send(&Message::HelloReply(reply), wait));
         match sent {
-            Ok(()) => Ok(Opening::Migrate(Target { common: self, stage: Greeted(()) })),
+            Ok(()) => Ok(Opening::Migrate(Destination { common: self, stage: Greeted(()) })),
             Err(error) => Err(self.give_up(error)),
         }
     }
@@ -251,7 +251,7 @@ impl Common {
     }
 }
 
-impl Target<Greeted> {
+impl Destination<Greeted> {
     /// The migration's name.
     #[must_use]
     pub fn id(&self) -> MigrationId {
@@ -276,7 +276,7 @@ impl Target<Greeted> {
         mut self,
         host: &mut H,
         observer: &mut dyn Observer,
-    ) -> Result<Target<Prepared<H::Vacant>>, Box<Ended>> {
+    ) -> Result<Destination<Prepared<H::Vacant>>, Box<Ended>> {
         self.common.progress.stage = Stage::Reservation;
         let common = &mut self.common;
         let (reserve, lock_mark) = common.reserve_message(observer)?;
@@ -306,7 +306,7 @@ impl Target<Greeted> {
         let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
         sent.map_err(|error| common.give_up(error))?;
         let stage = Prepared { guest, plan: reserve.plan, dry_run: reserve.dry_run };
-        Ok(Target { common: self.common, stage })
+        Ok(Destination { common: self.common, stage })
     }
 }
 
