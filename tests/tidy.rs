@@ -6,8 +6,7 @@ use std::path::Path;
 
 /// Lines of a file, but for those that are known to have a few more.
 const LINES_MAX: usize = 400;
-const LONGER: &[(&str, usize)] =
-    &[("tests/move_trouble.rs", 410), ("migration/tests/model.rs", 406)];
+const LONGER: &[(&str, usize)] = &[("tests/move_trouble.rs", 410)];
 
 /// Every file with `unsafe` in it, and how often at most. One more is a decision: make it here too.
 const UNSAFE_MAX: &[(&str, usize)] = &[
