@@ -10,12 +10,17 @@ use serde_json::Value;
 
 use super::progress::{milliseconds, number, seconds};
 use super::units::format_measured;
+use crate::log;
 
 /// Width of the bar, in characters.
 const BAR_WIDTH: u64 = 20;
 /// Width of a terminal that doesn't say its own.
 const COLUMNS_DEFAULT: usize = 80;
 const PAGE_BYTES: u64 = 4096;
+/// Columns that are left free, for the `^C` that the terminal shows: a line that wraps could not be redrawn.
+const COLUMNS_FREE: usize = 3;
+/// To the start of the line, and clears it.
+pub(super) const CLEAR: &str = "\r\x1b[K";
 /// The least time between two drawings within a stage.
 const REDRAW_PERIOD: Duration = Duration::from_millis(100);
 /// The rate shown is that of about this time, in microseconds.
@@ -43,8 +48,13 @@ impl Bar {
         Self { done, drawn: false, last: None, seen: VecDeque::new(), pages: 0 }
     }
 
-    /// Draws where it stands, unless it has just been drawn.
+    /// Draws where it stands, unless it has just been drawn. A message gets lines of its own, in full.
     pub fn show(&mut self, progress: &Value) -> io::Result<()> {
+        if let Some(message) = progress["message"].as_str() {
+            self.clear();
+            log::print(message);
+            return Ok(());
+        }
         let columns = columns();
         let text = self.line(progress, columns);
         let stage = progress["stage"].as_str().unwrap_or_default();
@@ -58,7 +68,7 @@ impl Bar {
         self.last = Some((stage.to_owned(), now));
         self.drawn = true;
         let mut out = io::stderr().lock();
-        write!(out, "\r\x1b[K{}", cut(&text, columns))?;
+        write!(out, "{CLEAR}{}", cut(&text, columns))?;
         out.flush()
     }
 
@@ -66,28 +76,18 @@ impl Bar {
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.drawn) {
             let mut out = io::stderr().lock();
-            let _ = write!(out, "\r\x1b[K").and_then(|()| out.flush());
+            let _ = write!(out, "{CLEAR}").and_then(|()| out.flush());
         }
     }
 
-    /// All that is known; where the terminal is too narrow for that, without the bar and in few words, the
-    /// least important last.
+    /// All that is known; where the terminal is too narrow for that, in few words, the least important last, and with
+    /// as much of a bar as there is room for.
     fn line(&mut self, p: &Value, columns: usize) -> String {
-        if let Some(message) = p["message"].as_str() {
-            return message.to_owned();
-        }
         let rate = self.rate(number(p, "elapsed_us"), number(p, "bytes"));
         let left = number(p, "pages_left");
         self.pages = self.pages.max(left);
         let stage = p["stage"].as_str().unwrap_or_default();
-        let (mut text, mut short) = (String::new(), vec![stage.to_owned()]);
-        // The destination doesn't know how much is left.
-        if let Some(done) = BAR_WIDTH.saturating_mul(self.pages - left).checked_div(self.pages) {
-            text.push('[');
-            (0..BAR_WIDTH).for_each(|i| text.push(if i < done { '#' } else { '.' }));
-            text.push_str("] ");
-        }
-        text.push_str(stage);
+        let (mut text, mut short) = (self.bar(left, BAR_WIDTH) + stage, vec![stage.to_owned()]);
         if stage == "pre-copy" {
             // Writing to a string never fails.
             let _ = write!(text, " round {}", number(p, "round"));
@@ -110,17 +110,36 @@ impl Bar {
             let dirty = format!("dirties {}/s", format_measured(dirty));
             let _ = write!(text, " · downtime {} · {dirty}", milliseconds(us));
             let downtime = if us < 1_000_000 { milliseconds(us) } else { seconds(us) };
-            short.extend([format!("downtime {downtime}"), dirty]);
+            short.extend([format!("stop {downtime}"), dirty.replace("dirties", "dirty")]);
         }
         if number(p, "throttle_percent") > 0 {
             let _ = write!(text, " · throttled {} %", number(p, "throttle_percent"));
             short.push(format!("throttled {} %", number(p, "throttle_percent")));
         }
-        if text.chars().count() < columns {
+        let room = columns.saturating_sub(COLUMNS_FREE);
+        if text.chars().count() <= room {
             return text;
         }
         short.extend(last);
-        short.join(", ")
+        // What doesn't fit is left out, not cut.
+        while short.len() > 1 && short.join(", ").len() > room {
+            short.pop();
+        }
+        let short = short.join(", ");
+        let bars = [BAR_WIDTH, BAR_WIDTH / 2].map(|width| self.bar(left, width));
+        let bar = bars.into_iter().find(|bar| bar.len() + short.len() <= room);
+        bar.unwrap_or_default() + &short
+    }
+
+    /// The bar itself. The destination doesn't know how much is left.
+    fn bar(&self, left: u64, width: u64) -> String {
+        match width.saturating_mul(self.pages - left).checked_div(self.pages) {
+            None => String::new(),
+            Some(done) => {
+                let cells = (0..width).map(|i| if i < done { '#' } else { '.' });
+                format!("[{}] ", cells.collect::<String>())
+            }
+        }
     }
 
     /// Bytes per second over the last moments.
@@ -135,9 +154,9 @@ impl Bar {
     }
 }
 
-/// A line that doesn't wrap: then it could not be redrawn.
+/// A line that doesn't wrap.
 fn cut(text: &str, columns: usize) -> String {
-    let room = columns.saturating_sub(1);
+    let room = columns.saturating_sub(COLUMNS_FREE);
     if text.chars().count() <= room {
         return text.to_owned();
     }
@@ -190,9 +209,13 @@ mod tests {
         let line = bar.line(&at(1_000_000), 80);
         assert_eq!(
             line,
-            "pre-copy 12, 1.2 s left, downtime 6.7 s, dirties 351.5 MiB/s, 28.6 MiB/s, 28.6 MiB"
+            "pre-copy 12, 1.2 s left, stop 6.7 s, dirty 351.5 MiB/s, 28.6 MiB/s, 28.6 MiB"
         );
-        assert!(cut(&line, 80).contains("28.6 MiB/s"));
+        let narrow = |bar: &mut Bar, columns| bar.line(&at(1_000_000), columns);
+        assert_eq!(narrow(&mut bar, 40), "pre-copy 12, 1.2 s left, stop 6.7 s");
+        assert_eq!(narrow(&mut bar, 37), "pre-copy 12, 1.2 s left");
+        assert_eq!(narrow(&mut bar, 27), "[..........] pre-copy 12");
+        assert_eq!(narrow(&mut bar, 5), "pre-copy 12");
     }
 
     #[test]
@@ -214,16 +237,12 @@ mod tests {
         let mut bar = Bar::new("received");
         let progress = json!({ "stage": "reservation", "bytes": 1 << 24, "elapsed_us": 5 });
         assert_eq!(bar.line(&progress, 80), "reservation");
-        assert_eq!(
-            bar.line(&json!({ "stage": "in-doubt", "message": "so and so" }), 80),
-            "so and so"
-        );
     }
 
     #[test]
-    fn a_line_never_reaches_the_last_column() {
-        assert_eq!(cut("abc·d", 6), "abc·d");
-        assert_eq!(cut("abc·d", 5), "abc…");
+    fn a_line_never_reaches_the_last_columns() {
+        assert_eq!(cut("abc·d", 8), "abc·d");
+        assert_eq!(cut("abc·d", 7), "abc…");
         assert_eq!(cut("abc", 1), "…");
     }
 }

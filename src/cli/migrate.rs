@@ -1,5 +1,6 @@
 //! `vmm migrate`: its options, and the source's side as a client of the VM.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -21,6 +22,7 @@ use crate::config::SerialTarget;
 use crate::event::{
     DOWNTIME_LIMIT_MS_DEFAULT, MigrateRequest, OnTimeout, Request, Resolution, TIMEOUT_MS_DEFAULT,
 };
+use crate::log;
 use crate::migrate::uri::Uri;
 use crate::signals;
 
@@ -302,16 +304,22 @@ fn migrate(vm: &str, request: &Request, json: bool, dry_run: bool) -> Outcome {
 }
 
 /// Turns the first signal that asks this process to end into a request that cancels; a second one ends
-/// it.
+/// it, whether that was heard or not.
 pub(super) fn cancel_on_signal(vm: &str, cancel: Request) -> std::io::Result<()> {
     let (events, signals) = mpsc::channel();
     signals::block()?.send_to(events)?;
     let vm = vm.to_owned();
-    std::thread::Builder::new().name("cancel".to_owned()).spawn(move || {
+    std::thread::Builder::new().name("signalled".to_owned()).spawn(move || {
         let _ = signals.recv();
+        let there = vm.clone();
         // Too late, or gone: the end tells.
-        let _ = ask(&vm, &cancel);
-        if signals.recv().is_ok() {
+        let request = move || drop(ask(&there, &cancel));
+        let asked = std::thread::Builder::new().name("cancel".to_owned()).spawn(request);
+        if asked.is_err() || signals.recv().is_ok() {
+            if std::io::stderr().is_terminal() {
+                eprint!("{}", super::bar::CLEAR);
+            }
+            log::print(&format!("{vm}: interrupted before the end was known: vmm info {vm}"));
             std::process::exit(i32::from(super::EXIT_FAILED));
         }
     })?;

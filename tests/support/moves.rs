@@ -56,11 +56,17 @@ impl Vm {
         Self::spawn(place, command)
     }
 
-    /// Starts to move this VM.
-    pub fn start_move(&self, uri: &str, options: &[&str]) -> Client {
+    /// The command that moves this VM.
+    pub fn move_command(&self, uri: &str, options: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.args(["migrate", "--connect", uri]).arg(self.place.path("vm.sock"));
         command.args(options).env_remove("VMM_LOG");
+        command
+    }
+
+    /// Starts to move this VM.
+    pub fn start_move(&self, uri: &str, options: &[&str]) -> Client {
+        let mut command = self.move_command(uri, options);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Client { child: command.spawn().unwrap() }
     }

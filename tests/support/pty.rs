@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{LocalModes, tcgetattr};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 /// The modes that a shell leaves behind and a raw terminal lacks.
 pub const COOKED: LocalModes = LocalModes::ECHO.union(LocalModes::ICANON).union(LocalModes::ISIG);
@@ -27,12 +27,19 @@ pub struct Pty {
 impl Pty {
     /// Starts a program with its three standard streams on a new terminal.
     pub fn spawn(program: &Command) -> Self {
+        Self::sized(program, 0)
+    }
+
+    /// As [`Self::spawn`]; the terminal says that it has so many columns.
+    pub fn sized(program: &Command, columns: u16) -> Self {
         let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&user).unwrap();
         unlockpt(&user).unwrap();
         let name = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
         let open = OpenOptions::new().read(true).write(true).open(&name).unwrap();
         let terminal: OwnedFd = open.into();
+        let size = Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&terminal, size).unwrap();
         let stdio = || terminal.try_clone().unwrap();
         // Not the leader of a process group, setsid becomes the program without a fork.
         let mut command = Command::new("setsid");
@@ -86,5 +93,25 @@ impl Pty {
             seen.push(byte[0]);
         }
         String::from_utf8_lossy(&seen).into_owned()
+    }
+
+    /// Reads what else the program shows until it ends; gives its exit status too.
+    #[allow(dead_code, reason = "each test program uses a part")]
+    pub fn read_to_end(&mut self) -> (Option<i32>, String) {
+        let (start, mut seen) = (Instant::now(), Vec::new());
+        loop {
+            let ended = self.child.try_wait().unwrap();
+            let mut fds = [PollFd::new(&self.user, PollFlags::IN)];
+            let soon = Timespec::try_from(Duration::from_millis(20)).unwrap();
+            if poll(&mut fds, Some(&soon)).unwrap() > 0 {
+                let mut bytes = [0; 4096];
+                let count = self.user.read(&mut bytes).unwrap();
+                seen.extend(&bytes[..count]);
+            } else if let Some(status) = ended {
+                return (status.code(), String::from_utf8_lossy(&seen).into_owned());
+            }
+            let shown = String::from_utf8_lossy(&seen);
+            assert!(start.elapsed() < self.patience, "it doesn't end after {shown:?}");
+        }
     }
 }

@@ -1,0 +1,190 @@
+//! What a person sees of a migration, at a terminal and without one, with tiny guests on any KVM: the bar, what
+//! becomes of it at the end, and Ctrl-C.
+
+#[path = "support/screen.rs"]
+mod screen;
+mod support;
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use screen::Screen;
+use support::guests::Guest;
+use support::moves::until;
+use support::pty::{COOKED, Pty};
+use support::vm::{Vm, has_kvm};
+
+/// Slow enough for the bar to be drawn in each round, which lasts half a second.
+const SLOW: [&str; 2] = ["--bandwidth", "64M"];
+
+/// A VM that never stops writing to its 4 MiB.
+fn dirtier() -> Vm {
+    let mut vm = Vm::start(Guest::dirtier(4, 0), &["--name", "web"]);
+    vm.read_some(2);
+    vm
+}
+
+/// Starts to move it, at a terminal.
+fn move_at_terminal(vm: &Vm, columns: u16, uri: &str, options: &[&str]) -> Pty {
+    Pty::sized(&vm.move_command(uri, &[&SLOW, options].concat()), columns)
+}
+
+/// Reads all that a client at a terminal shows until it ends; gives its exit status.
+fn watch(mut pty: Pty, screen: &mut Screen) -> Option<i32> {
+    let (status, rest) = pty.read_to_end();
+    screen.show(&rest);
+    assert!(pty.modes().contains(COOKED), "{:?}", pty.modes());
+    status
+}
+
+/// Whether a text is a number and then this, as `12.5 MiB/s` is one of bytes a second.
+fn is_measure(text: &str, units: &[&str]) -> bool {
+    units.iter().any(|unit| {
+        let number = text.strip_suffix(unit).and_then(|text| text.strip_suffix(' '));
+        number.is_some_and(|number| number.parse::<f64>().is_ok())
+    })
+}
+
+const BYTES: [&str; 3] = ["B", "KiB", "MiB"];
+const RATES: [&str; 3] = ["B/s", "KiB/s", "MiB/s"];
+const TIMES: [&str; 2] = ["ms", "s"];
+
+/// Moves a VM at a terminal of this width, and gives the lines of the bar.
+fn bar(columns: u16) -> Vec<String> {
+    let mut source = dirtier();
+    let (mut destination, uri) = Vm::listen(&[]);
+    let options = ["--timeout", "2s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
+    let mut screen = Screen::new(columns);
+    let status = watch(move_at_terminal(&source, columns, &uri, &options), &mut screen);
+    assert_eq!((status, screen.too_wide()), (Some(0), None));
+    assert_eq!(source.wait().0, Some(0));
+    destination.read_some(2);
+    let drawn = screen.drawn.clone();
+    // The report, and nothing of the bar.
+    let left = screen.left();
+    assert!(left[0].starts_with("moved web in "), "{left:?}");
+    assert!(left.iter().any(|line| line.starts_with("forecast: ")), "{left:?}");
+    assert!(!left.iter().any(|line| line.contains('\u{b7}') || line.contains("copy")), "{left:?}");
+    drawn
+}
+
+#[test]
+fn a_wide_terminal_shows_all() {
+    if !has_kvm() {
+        return;
+    }
+    let drawn = bar(140);
+    for stage in ["pre-migration", "reservation", "pre-copy", "stop-and-copy"] {
+        assert!(drawn.iter().any(|line| line.contains(stage)), "no {stage}: {drawn:#?}");
+    }
+    let first = drawn.iter().find(|line| line.contains("] pre-copy round 0 \u{b7} ")).unwrap();
+    assert!(first.starts_with("[") && first.contains(" sent \u{b7} "), "{first}");
+    // Once it is measured.
+    let later = drawn.iter().find(|line| line.contains("] pre-copy round 1 \u{b7} "));
+    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
+    let parts: Vec<_> = later.split(" \u{b7} ").collect();
+    let [stage, sent, rate, left, downtime, dirties] = parts[..] else { panic!("{later}") };
+    let stage = stage.trim_start_matches(['[', '#', '.']);
+    assert_eq!(stage, "] pre-copy round 1");
+    assert!(sent.strip_suffix(" sent").is_some_and(|s| is_measure(s, &BYTES)), "{later}");
+    assert!(is_measure(rate, &RATES), "{later}");
+    assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+    assert!(downtime.strip_prefix("downtime ").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+    assert!(dirties.strip_prefix("dirties ").is_some_and(|s| is_measure(s, &RATES)), "{later}");
+}
+
+#[test]
+fn eighty_columns_show_all_but_the_bar() {
+    if !has_kvm() {
+        return;
+    }
+    let drawn = bar(80);
+    assert!(drawn.iter().any(|line| line.starts_with('[')), "{drawn:#?}");
+    let later = drawn.iter().find(|line| line.starts_with("pre-copy 1, "));
+    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
+    let parts: Vec<_> = later.split(", ").collect();
+    let [_, left, stop, dirty, rate, bytes] = parts[..] else { panic!("{later}") };
+    assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+    assert!(stop.strip_prefix("stop ").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+    assert!(dirty.strip_prefix("dirty ").is_some_and(|s| is_measure(s, &RATES)), "{later}");
+    assert!(is_measure(rate, &RATES) && is_measure(bytes, &BYTES), "{later}");
+}
+
+#[test]
+fn forty_columns_show_what_matters_most() {
+    if !has_kvm() {
+        return;
+    }
+    let drawn = bar(40);
+    let later = drawn.iter().find(|line| line.starts_with("pre-copy 1, "));
+    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
+    let parts: Vec<_> = later.split(", ").collect();
+    let [_, left, stop, ..] = parts[..] else { panic!("{later}") };
+    assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+    assert!(stop.strip_prefix("stop ").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
+}
+
+#[test]
+fn ctrl_c_cancels_and_leaves_the_terminal_in_order() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = dirtier();
+    let (mut destination, uri) = Vm::listen(&[]);
+    let mut screen = Screen::new(80);
+    let mut pty = move_at_terminal(&source, 80, &uri, &[]);
+    screen.show(&pty.read_until("pre-copy 1, "));
+    pty.type_in(b"\x03");
+    assert_eq!(watch(pty, &mut screen), Some(1));
+    let left = screen.left();
+    let [line] = &left[..] else { panic!("{left:?}") };
+    assert!(line.starts_with("vmm: ") && line.contains("cancelled"), "{line}");
+    // Nothing of the bar, nor of the ^C that the terminal shows.
+    assert!(!line.contains('^') && !line.contains("pre-copy 1"), "{line}");
+    assert_eq!(source.info()["state"], "running");
+    source.read_some(2);
+    assert_eq!(destination.wait().0, Some(1));
+}
+
+/// A VM that doesn't answer, for it stands still, is left behind by a second Ctrl-C.
+#[test]
+fn a_second_ctrl_c_does_not_wait_for_the_end() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = dirtier();
+    let (_destination, uri) = Vm::listen(&[]);
+    let mut screen = Screen::new(80);
+    let mut pty = move_at_terminal(&source, 80, &uri, &[]);
+    screen.show(&pty.read_until("pre-copy 1, "));
+    source.signal(Signal::STOP);
+    let start = Instant::now();
+    pty.type_in(b"\x03");
+    screen.show(&pty.read_until("^C"));
+    pty.type_in(b"\x03");
+    assert_eq!(watch(pty, &mut screen), Some(1));
+    assert!(start.elapsed() < Duration::from_secs(20), "it waited for an answer");
+    let left = screen.left();
+    let [line] = &left[..] else { panic!("{left:?}") };
+    assert!(line.starts_with("vmm: ") && line.contains("interrupted"), "{line}");
+    // It hears of the first when it goes on.
+    source.signal(Signal::CONT);
+    until("runs on here", || source.info()["state"] == "running");
+    source.read_some(2);
+}
+
+#[test]
+fn without_a_terminal_each_stage_has_a_line() {
+    if !has_kvm() {
+        return;
+    }
+    let source = dirtier();
+    let (_destination, uri) = Vm::listen(&[]);
+    let options = ["--timeout", "2s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
+    let answer = source.try_move(&uri, &[&SLOW[..], &options].concat());
+    answer.check_moved();
+    let stages = "vmm: pre-migration\nvmm: reservation\nvmm: pre-copy\nvmm: stop-and-copy\n";
+    let rest = answer.err.strip_prefix(stages).unwrap_or_else(|| panic!("{answer:?}"));
+    let known = ["vmm: commitment", "vmm: activation"];
+    assert!(rest.lines().all(|line| known.contains(&line)), "{answer:?}");
+}
