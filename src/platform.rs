@@ -12,7 +12,7 @@ use vmm_devices::bus::{Overlap, SlotId};
 use vmm_devices::power::{self, Power, PowerRequest, PowerSink};
 use vmm_devices::reset::{self, ResetLine};
 use vmm_devices::serial::{self, Serial};
-use vmm_devices::sign::FirstSign;
+use vmm_devices::sign::Signs;
 use vmm_devices::virtio::VirtioDevice;
 use vmm_devices::virtio::announce::Announcer;
 use vmm_devices::virtio::block::Block;
@@ -72,7 +72,7 @@ pub struct Platform {
     /// The TAPs, each with the announcer of the device on it.
     pub(crate) taps: Vec<(TapHandle, Announcer)>,
     /// When the guest first put out anything.
-    pub(crate) sign: Arc<FirstSign>,
+    pub(crate) sign: Arc<Signs>,
 }
 
 impl Platform {
@@ -115,7 +115,7 @@ fn add_serial(
     buses: &mut Buses,
     vm: &Arc<VmFd>,
     console: &Console,
-    sign: &Arc<FirstSign>,
+    sign: &Arc<Signs>,
 ) -> Result<SlotId, PlatformError> {
     let line = IrqPin::new(vm, layout::SERIAL_GSI);
     let start = u64::from(layout::SERIAL_PORT);
@@ -152,7 +152,7 @@ struct Builder<'a> {
     ram: &'a GuestRam,
     io: &'a RemoteEndpoint<IoTask>,
     locking: Locking,
-    sign: &'a Arc<FirstSign>,
+    sign: &'a Arc<Signs>,
     buses: Buses,
     virtio: Vec<(u64, u32)>,
 }

@@ -32,7 +32,8 @@ fn counter_over(relay: impl FnOnce(&Vm) -> Relay) -> Option<u64> {
     count.check(&destination.read_some(20_000));
     let downtime = downtime(&answer.out);
     let sign = downtime["first_sign_us"].as_u64();
-    assert!(downtime["total_us"].as_u64() > sign, "{downtime}");
+    let total = downtime["total_us"].as_u64().unwrap();
+    assert!(Some(total) > sign, "{downtime}");
     sign
 }
 
@@ -65,6 +66,26 @@ fn one_that_is_lost_is_just_missing() {
     assert_eq!(counter_over(cut), None);
 }
 
+/// Where its output goes out at once, both signs that an observer sees are known, and what lies between them.
+#[test]
+fn a_guest_whose_output_flows_gives_a_last_one_too() {
+    if !has_kvm() {
+        return;
+    }
+    let source = Vm::start(Guest::counter(), &["--serial", "null"]);
+    let (mut destination, uri) = Vm::listen(&["--serial", "null"]);
+    let answer = source.start_move(&uri, &["--json", EASY[0], EASY[1]]).wait();
+    assert_eq!(answer.status, Some(0), "{answer:?}");
+    let downtime = downtime(&answer.out);
+    let us = |part: &str| downtime[part].as_u64().unwrap_or_else(|| panic!("{part}: {downtime}"));
+    // It counts without pause: its last byte left it at or after the first kick.
+    let running = us("total_us") - us("stop_us");
+    assert!(us("silence_us") >= running, "{downtime}");
+    assert!(us("silence_us") <= us("total_us") + 1_000_000, "{downtime}");
+    destination.tell(&["stop", "--force"]);
+    assert_eq!(destination.wait().0, Some(0));
+}
+
 /// What runs without a pause and puts out nothing can't be seen; the move ends all the same.
 #[test]
 fn a_guest_that_spins_gives_none() {
@@ -78,6 +99,7 @@ fn a_guest_that_spins_gives_none() {
     assert_eq!(answer.status, Some(0), "{answer:?}");
     let downtime = downtime(&answer.out);
     assert_eq!(downtime["first_sign_us"], Value::Null, "{downtime}");
+    assert_eq!(downtime["silence_us"], Value::Null, "{downtime}");
     assert!(downtime["total_us"].as_u64() > Some(0), "{downtime}");
     assert_eq!(source.wait().0, Some(0));
     destination.tell(&["stop", "--force"]);

@@ -23,7 +23,7 @@ use vm_superio::serial::{NoEvents, Serial as Uart};
 
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
-use crate::sign::FirstSign;
+use crate::sign::Signs;
 
 mod state;
 
@@ -105,7 +105,7 @@ pub struct Serial {
     // Glue.
     line: Arc<dyn IrqLine>,
     wire: Box<dyn Wire>,
-    sign: Arc<FirstSign>,
+    sign: Arc<Signs>,
     // State. `uart` never sees the transmitter's half: neither bytes nor its bit of IER.
     uart: Uart<Line, NoEvents, Sink>,
     interrupt_enable: u8,
@@ -121,7 +121,7 @@ pub struct Serial {
 impl Serial {
     /// A port in its state after power-on.
     #[must_use]
-    pub fn new(line: Arc<dyn IrqLine>, wire: Box<dyn Wire>, sign: Arc<FirstSign>) -> Self {
+    pub fn new(line: Arc<dyn IrqLine>, wire: Box<dyn Wire>, sign: Arc<Signs>) -> Self {
         Self {
             uart: Uart::new(Line(Arc::clone(&line)), std::io::sink()),
             line,

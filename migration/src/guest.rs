@@ -187,6 +187,12 @@ pub trait Halted: Memory + Sized {
     /// Whether the guest was paused by its user, and has to arrive so.
     fn paused(&self) -> bool;
 
+    /// How long ago the guest gave its last sign: an output that an observer beyond it may see. `None`: none since tracking
+    /// began, or nobody looks.
+    fn last_sign_ago(&self) -> Option<Duration> {
+        None
+    }
+
     /// Flushes the writable disks, remembers what tells whether they change (size, mtime) and releases
     /// their locks. Called while the destination restores, so that its time doesn't add to the downtime. `poll` is asked
     /// about every 100 ms while the flush goes on, and cancels the wait: then no lock was released.

@@ -134,13 +134,18 @@ pub struct Downtime {
     pub first_sign_us: Option<u64>,
     /// All of it: from the first kick to the first sign, or where none is known to the vCPUs running.
     pub total_us: u64,
+    /// What an observer of the guest's outputs sees: from its last sign at the source, which its own rhythm may put well
+    /// before the first kick, to its first at the destination. `None`: one of them isn't known.
+    pub silence_us: Option<u64>,
 }
 
 impl Downtime {
-    /// Adds the guest's first sign, so long after the vCPUs ran.
-    pub(crate) fn add_first_sign(&mut self, after_us: u64) {
+    /// Adds the guest's first sign, so long after the vCPUs ran. `silent_us`: how long it had given none when it stood.
+    pub(crate) fn add_first_sign(&mut self, after_us: u64, silent_us: Option<u64>) {
         self.first_sign_us = Some(after_us);
         self.total_us = self.total_us.saturating_add(after_us);
+        let since = self.total_us.saturating_sub(self.stop_us);
+        self.silence_us = silent_us.map(|silent_us| silent_us.saturating_add(since));
     }
 }
 

@@ -161,6 +161,9 @@ fn downtime(downtime: &Value) -> String {
             let _ = write!(text, "; the disks were released in {} of it", milliseconds(release));
         }
     }
+    if let Some(silence) = downtime["silence_us"].as_u64() {
+        let _ = write!(text, "; its outputs paused for {}", milliseconds(silence));
+    }
     text.push('\n');
     text
 }

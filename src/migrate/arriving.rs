@@ -264,7 +264,7 @@ impl Vacant for VacantGuest {
         let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
         let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
         announce(taps);
-        let first_sign = (!paused).then(|| SignWatch::new(move || sign.ago()));
+        let first_sign = (!paused).then(|| SignWatch::new(move || sign.first_ago()));
         let running = Arrived { vm, server, console };
         Ok(Active { running, guest_stall_us: gap, first_sign })
     }

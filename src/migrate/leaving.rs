@@ -1,6 +1,6 @@
 //! The source's guest: live, and halted.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_migration::channel::Flow;
 use vmm_migration::guest::{Changes, Example, Failed, GuestError, Halted, Live, Locks, Memory};
@@ -95,6 +95,7 @@ impl Live for LiveGuest {
             self.dirtiers.start(running);
         }
         let core = self.core();
+        core.platform.sign.watch(true);
         tracking::start(&core.vm, &core.memory)
     }
 
@@ -135,6 +136,7 @@ impl Live for LiveGuest {
             tracing::warn!("the throttle can't be lifted: {e}");
         }
         let core = self.core();
+        core.platform.sign.watch(false);
         tracking::stop(&core.vm, &core.memory);
     }
 
@@ -192,6 +194,10 @@ impl Halted for HaltedGuest {
         self.paused
     }
 
+    fn last_sign_ago(&self) -> Option<Duration> {
+        self.machine.core.platform.sign.last_ago()
+    }
+
     fn release_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
         self.released.clear();
         let disks = &self.machine.core.platform.disks;
@@ -232,6 +238,7 @@ impl Halted for HaltedGuest {
 
     fn resume(self) -> Result<LiveGuest, Failed<Self>> {
         let Self { machine, paused, .. } = self;
+        machine.core.platform.sign.watch(false);
         tracking::stop(&machine.core.vm, &machine.core.memory);
         Ok(LiveGuest::new(Vm::go_on(machine, paused)))
     }

@@ -22,7 +22,7 @@ use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
 use crate::limit::RateLimited;
-use crate::sign::FirstSign;
+use crate::sign::Signs;
 
 /// Bytes of address space that one device answers.
 pub const MMIO_LEN: u64 = 0x1000;
@@ -111,7 +111,7 @@ impl VirtioMmio {
         ram: GuestRam,
         line: Arc<dyn IrqLine>,
         lender: Box<dyn Lender>,
-        sign: Arc<FirstSign>,
+        sign: Arc<Signs>,
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes().to_vec();
         if sizes.len() > QUEUES_MAX {

@@ -13,7 +13,7 @@ use super::queue::{QUEUES_MAX, QueueIo};
 use super::{DriverFault, VirtioDevice};
 use crate::GuestRam;
 use crate::limit::RateLimited;
-use crate::sign::FirstSign;
+use crate::sign::Signs;
 
 /// How often one notification lets a device look at its queue before the other devices have their turn.
 const ROUNDS_MAX: usize = 4;
@@ -102,7 +102,7 @@ pub struct Worker {
     /// One for each queue: the guest's notifications (virtio 1.3, 4.2.3.3), by ioeventfd.
     kicks: Arc<[EventFd]>,
     interrupt: Interrupt,
-    sign: Arc<FirstSign>,
+    sign: Arc<Signs>,
     log: RateLimited,
     /// As of the last time the worker was lent.
     sources: Vec<Source>,
@@ -118,7 +118,7 @@ impl Worker {
         ram: GuestRam,
         kicks: Arc<[EventFd]>,
         interrupt: Interrupt,
-        sign: Arc<FirstSign>,
+        sign: Arc<Signs>,
         queues: Vec<Queue>,
     ) -> Self {
         let log = RateLimited::new(LOG_LINES_PER_SECOND);

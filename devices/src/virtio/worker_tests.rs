@@ -50,7 +50,7 @@ fn threaded(io: &Loop) -> Driver {
     let (ram, line) = (ram(0x2_0000), Arc::new(CountingLine::default()));
     let lender = Box::new(io.endpoint.clone());
     let irq: Arc<dyn crate::irq::IrqLine> = line.clone();
-    let sign = Arc::new(FirstSign::default());
+    let sign = Arc::new(Signs::default());
     let echo = Echo::new().0;
     let device = VirtioMmio::new(echo, ram.clone(), irq, lender, Arc::clone(&sign)).unwrap();
     let mut driver = Driver { device, line, sign, io: IoLoop::new(), ram };
@@ -104,11 +104,11 @@ fn a_notification_is_the_guests_sign_and_a_look_of_the_workers_own_is_none() {
         driver.device.resume();
     }
     driver.io.run();
-    assert_eq!(driver.sign.ago(), None);
+    assert_eq!(driver.sign.first_ago(), None);
     // By an ioeventfd, that is, without an exit.
     kick(&driver.device.kicks()[1]);
     driver.io.run();
-    assert!(driver.sign.ago().is_some());
+    assert!(driver.sign.first_ago().is_some());
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub struct Stopped<L: Live> {
     locks_seen: bool,
     began: Duration,
     downtime: Downtime,
+    /// How long the guest had put out nothing when it stood.
+    silent_us: Option<u64>,
 }
 
 /// How the hand-over ended.
@@ -68,6 +70,7 @@ impl<L: Live> Source<Copied<L>> {
         };
         let mut downtime =
             Downtime { stop_us: micros(common.channel.now() - began), ..Downtime::default() };
+        let silent_us = guest.last_sign_ago().map(micros);
         common.deadline = Some(began + common.options.deadlines.halted + predicted * 4);
         let burst = common.last_burst(&mut guest, &mut left, &mut downtime, observer);
         if let Err(error) = burst {
@@ -75,7 +78,7 @@ impl<L: Live> Source<Copied<L>> {
         }
         match common.await_ready(&mut guest, &mut downtime, observer) {
             Ok(()) => {
-                let stage = Stopped { guest, locks_seen, began, downtime };
+                let stage = Stopped { guest, locks_seen, began, downtime, silent_us };
                 Ok(Source { common, stage })
             }
             Err(error) => Err(give_back(common, guest, true, error)),
@@ -206,7 +209,7 @@ impl<L: Live> Source<Stopped<L>> {
     /// Stages 4 and 5: `Commit`, and the destination's answer. The observer sees it; it can't cancel.
     pub fn commit(self, observer: &mut dyn Observer) -> Commitment<L> {
         let Source { mut common, stage } = self;
-        let Stopped { guest, locks_seen, began, mut downtime } = stage;
+        let Stopped { guest, locks_seen, began, mut downtime, silent_us } = stage;
         let id = common.options.id;
         let start = common.channel.now();
         let channel_error = |source| MigrateError::Channel { stage: Stage::Commitment, source };
@@ -246,7 +249,7 @@ impl<L: Live> Source<Stopped<L>> {
                 let mut report = common.report(Outcome::Moved);
                 let sign = if guest.paused() { None } else { common.first_sign(observer) };
                 if let (Some(downtime), Some(after_us)) = (&mut report.downtime, sign) {
-                    downtime.add_first_sign(after_us);
+                    downtime.add_first_sign(after_us, silent_us);
                 }
                 Commitment::Moved(Box::new(Moved { guest, report }))
             }

@@ -11,7 +11,7 @@ use super::{CountingLine, DriverRing};
 use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::irq::IrqLine;
-use crate::sign::FirstSign;
+use crate::sign::Signs;
 use crate::virtio::VirtioDevice;
 use crate::virtio::core::status;
 use crate::virtio::mmio::{VirtioMmio, register};
@@ -68,7 +68,7 @@ pub struct Driver {
     /// Its interrupt.
     pub line: Arc<CountingLine>,
     /// Whether it was notified.
-    pub sign: Arc<FirstSign>,
+    pub sign: Arc<Signs>,
     /// Its I/O thread.
     pub io: Arc<IoLoop>,
     /// The guest's memory.
@@ -80,7 +80,7 @@ impl Driver {
     pub fn at_rest(device: Box<dyn VirtioDevice>, ram: &GuestRam) -> Self {
         let (line, io) = (Arc::new(CountingLine::default()), IoLoop::new());
         let irq: Arc<dyn IrqLine> = line.clone();
-        let (sign, lender) = (Arc::new(FirstSign::default()), Box::new(Arc::clone(&io)));
+        let (sign, lender) = (Arc::new(Signs::default()), Box::new(Arc::clone(&io)));
         let device = VirtioMmio::new(device, ram.clone(), irq, lender, Arc::clone(&sign))
             .expect("a device that can be");
         Self { device, line, sign, io, ram: ram.clone() }
