@@ -309,7 +309,7 @@ pub(super) fn announce(taps: Vec<(TapHandle, vmm_devices::virtio::announce::Anno
     let rounds = move || {
         for _ in 0..ANNOUNCE_ROUNDS {
             for (tap, announcer) in &taps {
-                for frame in announce_frames(announcer.mac(), &[]) {
+                for frame in announce_frames(announcer.mac(), &announcer.addresses()) {
                     let _ = tap.send(&frame);
                 }
             }

@@ -6,6 +6,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use vmm_devices::serial::Serial;
+use vmm_devices::virtio::net::Net;
 use vmm_migration::channel::{Channel, Flow};
 use vmm_migration::destination::{
     self, Destination, Ended, Farewell, Greeted, Opening, Options, Question,
@@ -214,6 +215,7 @@ fn reads() -> Reads {
     Reads::new(vec![
         (CONFIG_KIND.to_owned(), config::VERSION),
         (Serial::KIND.to_owned(), Serial::VERSION),
+        (Net::KIND.to_owned(), Net::VERSION),
     ])
 }
 

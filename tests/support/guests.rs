@@ -55,6 +55,9 @@ guests! {
     /// ends of each page, and checks what the pass before wrote there. Prints a dot for each pass, and
     /// "E" and no more at a difference. Idles `delay` turns after each page.
     dirtier(mib, delay) = guest_dirtier;
+    /// Sends an ARP request by its interface, of which there is one and no disk: 10.9.8.7, at 02:00:00:00:00:2a, asks for
+    /// 10.9.8.1. Then prints as `counter` does, and sends no more, whatever the device asks of its driver.
+    arp() = guest_arp;
     /// Waits for the power button, by polling, and powers off.
     button() = guest_button;
     /// Does nothing, for ever.

@@ -16,6 +16,8 @@
     .set UART, 0x3f8
     .set POWER, 0x600
     .set VIRTIO, 0xd0000000
+    # The used ring of guest_arp, behind the bitmap of ports.
+    .set ARP_USED, LOAD + 0x1c000
 
 guests_start:
     .quad 0                             # first parameter
@@ -147,6 +149,38 @@ guest_mmio_storm:
     call put
 2:  round
     jmp 1b
+
+    # Sends an ARP request by the virtio-mmio device in slot 1, an interface: 10.9.8.7, at 02:00:00:00:00:2a, asks
+    # for 10.9.8.1. Then prints as counter does.
+    .globl guest_arp
+guest_arp:
+    mov $(VIRTIO + 0x1000), %edi
+    movl $3, 0x70(%edi)                 # Status: ACKNOWLEDGE, DRIVER
+    movl $1, 0x24(%edi)                 # DriverFeaturesSel
+    movl $1, 0x20(%edi)                 # DriverFeatures: VERSION_1, and no other
+    movl $0xb, 0x70(%edi)               # FEATURES_OK
+    movl $1, 0x30(%edi)                 # QueueSel: transmit
+    movl $1, 0x38(%edi)                 # QueueSize
+    movl $(arp_descriptor - guests_start + LOAD), 0x80(%edi)
+    movl $(arp_available - guests_start + LOAD), 0x90(%edi)
+    movl $ARP_USED, 0xa0(%edi)
+    movl $1, 0x44(%edi)                 # QueueReady
+    movl $0xf, 0x70(%edi)               # DRIVER_OK
+    movl $1, 0x50(%edi)                 # QueueNotify
+1:  cmpw $1, ARP_USED + 2
+    jne 1b
+    jmp guest_counter
+    .balign 16
+arp_descriptor:
+    .quad arp_frame - guests_start + LOAD
+    .long arp_available - arp_frame
+    .long 0
+arp_frame:
+    .skip 12                            # virtio_net_hdr
+    .byte 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 0x2a, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1
+    .byte 2, 0, 0, 0, 0, 0x2a, 10, 9, 8, 7, 0, 0, 0, 0, 0, 0, 10, 9, 8, 1
+arp_available:
+    .word 0, 1, 0
 
     .globl guest_button
 guest_button:

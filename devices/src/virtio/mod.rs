@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 use vmm_migration::state::Saved;
 
+mod addresses;
 pub mod announce;
 pub mod block;
 mod chain;

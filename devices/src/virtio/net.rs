@@ -27,6 +27,7 @@ use self::receive::Receiver;
 use super::announce::{Announcer, MAC_LEN};
 use super::queue::QueueIo;
 use super::{ConfigSpace, DriverFault, VirtioDevice};
+use crate::GuestSlice;
 use crate::backend::{NET_FRAME_LEN_MAX, NET_HEADER_LEN, NetBackend, Offloads};
 use crate::limit::RateLimited;
 
@@ -184,8 +185,11 @@ impl Net {
                 chain.readable.slices(ram, 0, len, &mut slices)?;
                 self.backend.send(&slices)
             };
-            if let Err(error) = sent {
-                report(&mut self.log, &self.id, &error, "a frame from the guest was dropped");
+            match sent {
+                Ok(()) => self.announcer.known.sent(self.mac, &slices),
+                Err(error) => {
+                    report(&mut self.log, &self.id, &error, "a frame from the guest was dropped");
+                }
             }
             used.push((chain.head, 0));
         }
@@ -254,6 +258,7 @@ impl VirtioDevice for Net {
         self.guest_offloads = None;
         self.mac = self.factory_mac;
         self.status = link_up();
+        self.announcer.known.replace(&[]);
         self.receiver = Receiver::default();
         self.update_config();
         if let Err(error) = self.apply_offloads() {
@@ -282,7 +287,9 @@ impl VirtioDevice for Net {
     fn source_ready(&mut self, _source: usize, io: &mut QueueIo<'_>) -> Result<bool, DriverFault> {
         let (log, id) = (&mut self.log, &self.id);
         let mut lost = |error: io::Error| report(log, id, &error, "a frame for the guest was lost");
-        self.receiver.receive(self.backend.as_mut(), io, &mut lost)
+        let (known, mac) = (&self.announcer.known, self.mac);
+        let came = |frame: &[GuestSlice<'_>], len| known.received(mac, frame, len);
+        self.receiver.receive(self.backend.as_mut(), io, &came, &mut lost)
     }
 }
 

@@ -153,3 +153,44 @@ fn an_announcement_is_asked_for_once_and_acknowledged() {
     assert!(!deaf.process(TX).config);
     assert_eq!(deaf.config()[6], 1);
 }
+
+/// An ARP packet by which a host at that MAC says that 10.0.0.7 is its own, with its header.
+fn arp(mac: [u8; MAC_LEN]) -> Vec<u8> {
+    let ether = [&[0; 12][..], &[0xff; 6], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]].concat();
+    [&ether[..], &mac, &[10, 0, 0, 7, 0, 0, 0, 0, 0, 0, 10, 0, 0, 1]].concat()
+}
+
+fn send(b: &mut Bench, bytes: &[u8]) {
+    b.ram.write_slice(bytes, GuestAddress(BUFFERS)).unwrap();
+    let len = u32::try_from(bytes.len()).unwrap();
+    b.rings[TX].add(&[Buf::readable(BUFFERS, 12), Buf::readable(BUFFERS + 12, len - 12)]);
+    b.process(TX);
+}
+
+#[test]
+fn the_guests_address_is_known_until_another_has_it() {
+    let own = [std::net::Ipv4Addr::new(10, 0, 0, 7)];
+    let mut b = Bench::new(MERGE);
+    let announcer = b.device.announcer();
+    b.net.inner().fault = Some(io::ErrorKind::WouldBlock);
+    send(&mut b, &arp(MAC));
+    assert!(announcer.addresses().is_empty(), "nobody has heard of it");
+    b.net.inner().fault = None;
+    send(&mut b, &arp(MAC));
+    assert_eq!(announcer.addresses(), own);
+    b.post(4, 1536);
+    b.net.inner().incoming.extend([arp(MAC), frame(100, 1)]);
+    assert!(b.ready());
+    assert_eq!(announcer.addresses(), own);
+    b.net.inner().incoming.push_back(arp([2, 0, 0, 0, 0, 1]));
+    assert!(b.ready());
+    assert!(announcer.addresses().is_empty());
+    // With the MAC that the guest has set, and until it boots anew.
+    assert_eq!(b.control(&[1, 1, 2, 7, 7, 7, 7, 7]), 0);
+    send(&mut b, &arp(MAC));
+    assert!(announcer.addresses().is_empty());
+    send(&mut b, &arp([2, 7, 7, 7, 7, 7]));
+    assert_eq!(announcer.addresses(), own);
+    b.device.reset();
+    assert!(announcer.addresses().is_empty());
+}

@@ -76,14 +76,16 @@ impl Receiver {
         self.held = frame;
     }
 
-    /// Hands the guest what frames there are, within the burst. `false`: it has no buffers.
+    /// Hands the guest what frames there are, within the burst. `false`: it has no buffers. `came` sees each frame
+    /// as far as it lies in the guest's buffers, and its length.
     pub(super) fn receive(
         &mut self,
         backend: &mut dyn NetBackend,
         io: &mut QueueIo<'_>,
+        came: &dyn Fn(&[GuestSlice<'_>], usize),
         lost: &mut dyn FnMut(io::Error),
     ) -> Result<bool, DriverFault> {
-        let result = self.burst(backend, io, lost);
+        let result = self.burst(backend, io, came, lost);
         io.undo_pop(RX, self.pool.clear());
         self.starved = !result.as_ref().is_ok_and(|more| *more);
         result
@@ -93,6 +95,7 @@ impl Receiver {
         &mut self,
         backend: &mut dyn NetBackend,
         io: &mut QueueIo<'_>,
+        came: &dyn Fn(&[GuestSlice<'_>], usize),
         lost: &mut dyn FnMut(io::Error),
     ) -> Result<bool, DriverFault> {
         let ram = io.ram();
@@ -112,7 +115,10 @@ impl Receiver {
             slices.clear();
             let room = self.pool.slices(ram, wanted, &mut slices)?;
             match backend.receive(&slices, &mut self.overflow) {
-                Ok(len) => self.accept(io, room, len.min(room + self.overflow.len()), lost)?,
+                Ok(len) => {
+                    came(&slices, len);
+                    self.accept(io, room, len.min(room + self.overflow.len()), lost)?;
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(e) => {
                     // Nothing comes from a broken interface: don't spin on it.

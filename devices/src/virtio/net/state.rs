@@ -1,10 +1,13 @@
 //! Saved state of the network device.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
-use vmm_migration::state::{RestoreError, SaveError, Stateful};
+use vmm_migration::state::{RestoreError, SaveError, Stateful, from_body, to_body};
 
 use super::{MAC_LEN, MTU_MIN, Net, announce, guest_offload_mask, link_up};
 use crate::backend::NET_FRAME_LEN_MAX;
+use crate::virtio::addresses::{ADDRESSES_MAX, may_be_a_hosts};
 
 /// Version 1. Frozen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,12 +26,27 @@ pub struct NetStateV1 {
     pub held: Vec<u8>,
 }
 
+/// Version 2: with the guest's addresses, which who takes it in announces.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetStateV2 {
+    /// As it was.
+    pub v1: NetStateV1,
+    /// IPv4 addresses known of the guest, the one heard of last first; at most [`ADDRESSES_MAX`].
+    pub addresses: Vec<[u8; 4]>,
+}
+
+impl From<NetStateV1> for NetStateV2 {
+    fn from(v1: NetStateV1) -> Self {
+        Self { v1, addresses: Vec::new() }
+    }
+}
+
 impl Stateful for Net {
     const KIND: &'static str = "virtio-net";
-    const VERSION: u16 = 1;
-    type State = NetStateV1;
+    const VERSION: u16 = 2;
+    type State = NetStateV2;
 
-    fn save(&self) -> Result<NetStateV1, SaveError> {
+    fn save(&self) -> Result<NetStateV2, SaveError> {
         let Self {
             id: _,
             factory_mac: _,
@@ -44,19 +62,23 @@ impl Stateful for Net {
             guest_offloads,
             receiver,
         } = self;
-        Ok(NetStateV1 {
+        let v1 = NetStateV1 {
             mac: *mac,
             mtu: *mtu,
             status: *status,
             announce_wanted: announcer.is_wanted(),
             guest_offloads: *guest_offloads,
             held: receiver.held().to_vec(),
-        })
+        };
+        let addresses = announcer.addresses().iter().map(Ipv4Addr::octets).collect();
+        Ok(NetStateV2 { v1, addresses })
     }
 
-    fn restore(&mut self, state: NetStateV1) -> Result<(), RestoreError> {
+    fn restore(&mut self, state: NetStateV2) -> Result<(), RestoreError> {
         let invalid = |why| Err(RestoreError::Invalid { kind: Self::KIND, why });
-        let NetStateV1 { mac, mtu, status, announce_wanted, guest_offloads, held } = state;
+        let NetStateV2 { v1, addresses } = state;
+        let NetStateV1 { mac, mtu, status, announce_wanted, guest_offloads, held } = v1;
+        let addresses: Vec<_> = addresses.into_iter().map(Ipv4Addr::from).collect();
         let id = &self.id;
         if mtu.is_some() != self.mtu.is_some() || mtu.is_some_and(|mtu| mtu < MTU_MIN) {
             let told = |mtu: Option<u16>| mtu.map_or("none".to_owned(), |mtu| mtu.to_string());
@@ -74,7 +96,14 @@ impl Stateful for Net {
         if held.len() > NET_FRAME_LEN_MAX {
             return invalid(format!("interface '{id}' holds a frame of {} bytes", held.len()));
         }
+        if addresses.len() > ADDRESSES_MAX {
+            return invalid(format!("interface '{id}' has {} addresses", addresses.len()));
+        }
+        if let Some(address) = addresses.iter().find(|address| !may_be_a_hosts(**address)) {
+            return invalid(format!("interface '{id}' has the address {address}"));
+        }
         (self.mac, self.mtu, self.status) = (mac, mtu, status);
+        self.announcer.known.replace(&addresses);
         self.guest_offloads = guest_offloads;
         self.receiver.hold(held);
         if announce_wanted {
@@ -82,6 +111,16 @@ impl Stateful for Net {
         }
         self.update_config();
         Ok(())
+    }
+
+    fn upgrade(version: u16, body: &[u8]) -> Option<Result<NetStateV2, RestoreError>> {
+        let v1 = || from_body::<NetStateV1>(Self::KIND, version, body);
+        (version == 1).then(|| v1().map(Into::into))
+    }
+
+    /// Without the addresses: the guest announces them itself.
+    fn downgrade(state: &NetStateV2, version: u16) -> Option<Vec<u8>> {
+        (version == 1).then(|| to_body(&state.v1))
     }
 }
 
