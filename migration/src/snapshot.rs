@@ -20,6 +20,7 @@ use crate::plan::{MigrationId, Plan, SECTIONS_MAX, Space};
 use crate::state::Section;
 use crate::wire::{self, Digest, StreamKind, WireError, record};
 
+mod partial;
 mod save;
 
 pub use save::{NotSaved, Saved, save};

@@ -24,7 +24,8 @@ pub const SNAPSHOT_HELP: &str = "\
 usage: vmm snapshot VM DIR [--live] [--json]
 
 Writes a VM's memory and state to DIR, which must not exist, and lets it go on as it was. DIR appears whole
-and on stable storage, or not at all. VM is a name or a control socket's path.
+and on stable storage, or not at all: what a crash leaves is DIR.partial-ID, which the next snapshot to DIR
+removes. VM is a name or a control socket's path.
 
 Disks are not in it: they are files of yours. To copy them at the same moment, pause the VM first, and
 resume it when both are done. A restored guest has to find its disks as they were.
@@ -94,7 +95,8 @@ fn write(vm: &str, request: SnapshotRequest, json: bool) -> Outcome {
         return print_json(&written);
     }
     let bytes = format_measured(written["memory_bytes"].as_u64().unwrap_or(0));
-    print(&format!("{}: {bytes} of memory\n", written["dir"].as_str().unwrap_or_default()))
+    let dir = written["dir"].as_str().unwrap_or_default();
+    print(&format!("{dir}: {bytes} of memory\n"))
 }
 
 /// `vmm restore`

@@ -2,16 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::memory_offset;
+use super::partial::{Partial, parent_of};
 use super::{BLOCK_LEN, Header, MEMORY_FILE, STATE_FILE, SnapshotError, encode_state, file_error};
 use crate::channel::Flow;
 use crate::guest::{GuestError, Halted, Live, Memory};
 use crate::pages::{PAGE_SIZE, PageSet, Run, is_zero};
-use crate::plan::{MigrationId, SectionId, Space};
+use crate::plan::{SectionId, Space};
 use crate::report::{Observer, Progress, Stage};
 use crate::source::WINDOW_PAGES;
 use crate::state::Section;
@@ -99,23 +100,15 @@ pub fn save<L: Live>(
     }
 }
 
-/// A snapshot's directory under its temporary name, removed unless finished.
+/// A snapshot's files, under their temporary name, and what is known of them.
 struct Files {
-    partial: PathBuf,
-    memory: File,
+    partial: Partial,
     ram: Space,
     written: PageSet,
     sums: BTreeMap<u32, u32>,
     stale: BTreeSet<u32>,
     buffer: Vec<u8>,
     progress: Progress,
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        // After the rename there is nothing of this name.
-        let _ = fs::remove_dir_all(&self.partial);
-    }
 }
 
 impl Files {
@@ -125,14 +118,8 @@ impl Files {
         }
         let ram = header.plan.ram().cloned().filter(|_| header.plan.faults().is_empty());
         let ram = ram.ok_or_else(|| SnapshotError::Damaged("a plan without RAM".to_owned()))?;
-        let partial = partial_name(dir, header.id);
-        fs::create_dir(&partial).map_err(|source| file_error("create", &partial, source))?;
-        let path = partial.join(MEMORY_FILE);
-        let memory = File::options().read(true).write(true).create_new(true).open(&path);
-        let memory = memory.map_err(|source| file_error("create", &path, source))?;
         let files = Self {
-            partial,
-            memory,
+            partial: Partial::create(dir, header.id)?,
             written: PageSet::new(),
             sums: BTreeMap::new(),
             stale: BTreeSet::new(),
@@ -141,8 +128,14 @@ impl Files {
             ram,
         };
         let len = files.ram.pages() * PAGE_SIZE as u64;
-        files.memory.set_len(len).map_err(|source| file_error("write", &path, source))?;
+        let memory = &files.partial.memory;
+        memory.set_len(len).map_err(|source| file_error("write", &files.path(), source))?;
         Ok(files)
+    }
+
+    /// Of `memory`.
+    fn path(&self) -> PathBuf {
+        self.partial.path.join(MEMORY_FILE)
     }
 
     /// Finds what was ever touched and, if `live`, writes it round by round. Gives what is to be written
@@ -240,9 +233,8 @@ impl Files {
         for piece in kept.runs_in(run) {
             let at = index(run, piece);
             let part = &bytes[at..at + usize::try_from(piece.bytes()).expect("at most 1 MiB")];
-            self.memory
-                .write_all_at(part, offset + at as u64)
-                .map_err(|source| file_error("write", &self.partial.join(MEMORY_FILE), source))?;
+            let written = self.partial.memory.write_all_at(part, offset + at as u64);
+            written.map_err(|source| file_error("write", &self.path(), source))?;
             self.written.insert(piece);
         }
         if bytes.len() == BLOCK_LEN && !kept.is_empty() {
@@ -262,17 +254,18 @@ impl Files {
         sections: &[Section],
         paused: bool,
     ) -> Result<u64, SnapshotError> {
-        let path = self.partial.join(MEMORY_FILE);
+        let path = self.path();
         let total = self.ram.pages() * PAGE_SIZE as u64;
+        let memory = &self.partial.memory;
         for block in std::mem::take(&mut self.stale) {
             let offset = u64::from(block) * BLOCK_LEN as u64;
             let len = usize::try_from((total - offset).min(BLOCK_LEN as u64)).expect("1 MiB");
-            let read = self.memory.read_exact_at(&mut self.buffer[..len], offset);
+            let read = memory.read_exact_at(&mut self.buffer[..len], offset);
             read.map_err(|source| file_error("read", &path, source))?;
             self.sums.insert(block, crc32fast::hash(&self.buffer[..len]));
         }
-        self.memory.sync_all().map_err(|source| file_error("write", &path, source))?;
-        let path = self.partial.join(STATE_FILE);
+        memory.sync_all().map_err(|source| file_error("write", &path, source))?;
+        let path = self.partial.path.join(STATE_FILE);
         let state = encode_state(header, sections, paused, &self.sums);
         let written = File::create_new(&path).and_then(|mut file| {
             file.write_all(&state)?;
@@ -280,14 +273,16 @@ impl Files {
         });
         written.map_err(|source| file_error("write", &path, source))?;
         let sync = |path: &Path| File::open(path).and_then(|dir| dir.sync_all());
-        let parent = match dir.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        sync(&self.partial)
-            .and_then(|()| fs::rename(&self.partial, dir))
-            .and_then(|()| sync(parent))
-            .map_err(|source| file_error("create", dir, source))?;
+        sync(&self.partial.path)
+            .and_then(|()| fs::rename(&self.partial.path, dir))
+            .and_then(|()| sync(parent_of(dir)))
+            .map_err(|source| match source.kind() {
+                // Another snapshot of this name was quicker.
+                ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists => {
+                    SnapshotError::Exists(dir.display().to_string())
+                }
+                _ => file_error("create", dir, source),
+            })?;
         Ok(self.written.len())
     }
 }
@@ -295,10 +290,4 @@ impl Files {
 /// Where a page of a run begins in the run's bytes.
 fn index(run: Run, page: Run) -> usize {
     usize::try_from(page.first() - run.first()).expect("at most 256") * PAGE_SIZE
-}
-
-fn partial_name(dir: &Path, id: MigrationId) -> PathBuf {
-    let mut name = dir.as_os_str().to_owned();
-    name.push(format!(".partial-{id}"));
-    PathBuf::from(name)
 }
