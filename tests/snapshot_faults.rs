@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
+use serde_json::Value;
 use support::guests::Guest;
 use support::moves::{check_last_line, until};
 use support::vm::{Place, Vm, binary, has_kvm};
@@ -141,4 +142,26 @@ fn two_at_once_are_not_in_each_other_s_way() {
     assert_eq!(names(place.path()), [dir.as_path()]);
     assert!(fs::read(dir.join("state")).unwrap() == state, "the first one stays");
     check_restores(&dir);
+}
+
+#[test]
+fn how_long_the_guest_stood_is_told() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vm = Vm::start(dirtier(), &[]);
+    check_intact(&mut vm);
+    let place = tempfile::tempdir().unwrap();
+    let snapshot = |vm: &Vm, name: &str, option: &str| {
+        let dir = place.path().join(name);
+        vm.tell(&["snapshot", dir.to_str().unwrap(), option])
+    };
+    let told = snapshot(&vm, "live", "--live");
+    assert!(told.contains("of memory; the guest stood for ") && told.ends_with(" ms\n"), "{told}");
+    let told: Value = serde_json::from_str(&snapshot(&vm, "json", "--json")).unwrap();
+    assert!(told["stood_us"].as_u64() > Some(0), "{told}");
+    check_intact(&mut vm);
+    vm.tell(&["pause"]);
+    let told: Value = serde_json::from_str(&snapshot(&vm, "paused", "--json")).unwrap();
+    assert!(told["paused"] == true && told["stood_us"].is_null(), "{told}");
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use vmm_migration::guest::Live;
 use vmm_migration::pages::PAGE_SIZE;
 use vmm_migration::plan::MigrationId;
-use vmm_migration::report::Observer;
+use vmm_migration::report::{Observer, micros};
 use vmm_migration::snapshot::{self, Header, NotSaved, Saved, SnapshotError};
 
 use super::leaving::LiveGuest;
@@ -31,14 +31,16 @@ pub fn write(
     // Without a slash at its end, behind which a name beside it would be one inside it.
     let dir: PathBuf = request.dir.components().collect();
     match snapshot::save(&dir, guest, header, request.live, observer) {
-        Ok(Saved { guest, header, pages }) => {
+        Ok(Saved { guest, header, pages, stood }) => {
             let vm = guest.into_vm();
+            let was_running = matches!(vm, Vm::Running(_));
             let told = json!({
                 "dir": dir,
                 "id": header.id.to_string(),
                 "pages": pages,
                 "memory_bytes": pages.saturating_mul(PAGE_SIZE as u64),
-                "paused": matches!(vm, Vm::Paused(_)),
+                "paused": !was_running,
+                "stood_us": was_running.then(|| micros(stood)),
             });
             (vm, Ok(told))
         }

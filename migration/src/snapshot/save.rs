@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::memory_offset;
 use super::partial::{Partial, parent_of};
@@ -18,9 +19,11 @@ use crate::source::WINDOW_PAGES;
 use crate::state::Section;
 
 /// Rounds of a live snapshot, at most, before the guest is stopped.
-const ROUNDS_MAX: u32 = 8;
-/// Fewer dirty pages than these are left to the stop: 4 MiB.
+const ROUNDS_MAX: u32 = 30;
+/// No more dirty pages than these are left to the stop: 4 MiB.
 const LAST_PAGES: u64 = 1024;
+/// Where a round leaves more than this much of what it wrote, in percent, the next would be as long, and so would the stop.
+const SHRINK_PERCENT: u64 = 90;
 
 /// A snapshot that was written.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ pub struct Saved<L> {
     pub header: Header,
     /// Pages of `memory` that hold something.
     pub pages: u64,
+    /// How long the guest stood for it; it may have been paused anyway.
+    pub stood: Duration,
 }
 
 /// A snapshot that wasn't. Nothing of it is left.
@@ -76,6 +81,7 @@ pub fn save<L: Live>(
             return not_saved(Ok(guest), error);
         }
     };
+    let stop = Instant::now();
     let mut halted = match guest.stop() {
         Ok(halted) => halted,
         Err(mut failed) => {
@@ -93,9 +99,10 @@ pub fn save<L: Live>(
             return not_saved(Err(failed.guest), error);
         }
     };
+    let stood = stop.elapsed();
     // The guest runs again: what is left is the disk's time, not the guest's.
     match saved.and_then(|sections| files.finish(dir, &header, &sections, paused)) {
-        Ok(pages) => Ok(Saved { guest, header, pages }),
+        Ok(pages) => Ok(Saved { guest, header, pages, stood }),
         Err(error) => not_saved(Ok(guest), error),
     }
 }
@@ -154,9 +161,10 @@ impl Files {
         for window in regions.iter().filter_map(|r| r.run()).flat_map(|r| r.pieces(WINDOW_PAGES)) {
             guest.first_pages(window, &mut left).map_err(tracking)?;
         }
-        let mut rounds = if live { ROUNDS_MAX } else { 0 };
-        while rounds > 0 && left.len() > LAST_PAGES {
-            let first = rounds == ROUNDS_MAX;
+        let mut goes_on = live && left.len() > LAST_PAGES;
+        while goes_on {
+            let before = left.len();
+            let first = self.progress.round == 0;
             self.write_set(&left, observer, |run, bytes| {
                 if !first {
                     guest.rearm(&[run])?;
@@ -166,7 +174,7 @@ impl Files {
             left.clear();
             guest.dirty_pages(&mut left).map_err(tracking)?;
             self.progress.round += 1;
-            rounds -= 1;
+            goes_on = is_worth_another(self.progress.round, before, left.len());
         }
         Ok(left)
     }
@@ -290,4 +298,35 @@ impl Files {
 /// Where a page of a run begins in the run's bytes.
 fn index(run: Run, page: Run) -> usize {
     usize::try_from(page.first() - run.first()).expect("at most 256") * PAGE_SIZE
+}
+
+/// Whether a live snapshot goes on while the guest runs, after so many rounds, the last of which began with `before` pages
+/// and ended with `left`.
+fn is_worth_another(rounds: u32, before: u64, left: u64) -> bool {
+    let shrank = u128::from(left) * 100 <= u128::from(before) * u128::from(SHRINK_PERCENT);
+    left > LAST_PAGES && rounds < ROUNDS_MAX && shrank
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_go_on_while_they_make_the_stop_shorter() {
+        assert!(is_worth_another(1, 1 << 20, 1 << 16));
+        assert!(is_worth_another(2, 10_000, 9000));
+        assert!(!is_worth_another(2, 10_000, 9001), "the guest dirties as fast as the disk takes");
+        assert!(!is_worth_another(1, 10_000, 20_000));
+        assert!(!is_worth_another(1, 1 << 20, LAST_PAGES), "what is left is little");
+        assert!(is_worth_another(1, 1 << 20, LAST_PAGES + 1));
+        // They end: each is shorter than the one before, and there is a most.
+        let lasts = |percent: u64| {
+            let (mut before, mut rounds) = (1_u64 << 28, 1);
+            while is_worth_another(rounds, before, before * percent / 100) {
+                (before, rounds) = (before * percent / 100, rounds + 1);
+            }
+            rounds
+        };
+        assert_eq!((lasts(10), lasts(50), lasts(90), lasts(91)), (6, 18, ROUNDS_MAX, 1));
+    }
 }
