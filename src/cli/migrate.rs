@@ -40,6 +40,9 @@ the command's standard input and output:
 
     vmm migrate --connect 'exec:ssh there vmm migrate --listen stdio' web
 
+The command runs in the background of the VM's process (ssh needs a key: it can ask for no password); where
+the guest stays, it is ended with all that it started.
+
 with --connect:
   --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 50ms)
   --timeout TIME          how long pre-copy may take (default 10m)

@@ -4,12 +4,11 @@
 //! deadlines and at who wants to cancel.
 
 use std::fs::File;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use vmm_migration::channel::{Channel, SystemClock, Transport};
 
+use super::carrier::Carrier;
 use super::uri::Uri;
 use crate::api::socket::{ControlSocket, SocketError};
 
@@ -66,22 +66,25 @@ pub enum LinkError {
     SetUp(#[source] io::Error),
 }
 
-/// Connects a source to its destination.
+/// Connects a source to its destination, by way of a command perhaps.
 ///
 /// # Errors
 /// Nobody listens there, or the command can't be started.
-pub fn connect(uri: &Uri) -> Result<Channel, LinkError> {
+pub fn connect(uri: &Uri) -> Result<(Channel, Option<Carrier>), LinkError> {
     let fail = |source| LinkError::Connect { uri: uri.clone(), source };
     match uri {
         Uri::Tcp { host, port } => {
             let stream = connect_tcp(host, *port).map_err(fail)?;
-            tcp(stream).map_err(LinkError::SetUp)
+            Ok((tcp(stream).map_err(LinkError::SetUp)?, None))
         }
         Uri::Unix(path) => {
             let stream = connect_unix(path).map_err(fail)?;
-            unix(stream).map_err(LinkError::SetUp)
+            Ok((unix(stream).map_err(LinkError::SetUp)?, None))
         }
-        Uri::Exec(command) => spawn(command).map_err(fail),
+        Uri::Exec(command) => {
+            let (stream, carrier) = Carrier::start(command).map_err(fail)?;
+            Ok((unix(stream).map_err(LinkError::SetUp)?, Some(carrier)))
+        }
         Uri::Stdio => Err(LinkError::Unfit {
             uri: uri.clone(),
             why: "the VM's own process connects, and its standard input is the guest's console: use exec:",
@@ -137,57 +140,6 @@ fn unix(stream: UnixStream) -> io::Result<Channel> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(channel(stream))
-}
-
-/// Runs a command whose standard input and output are one socket to us.
-fn spawn(command: &str) -> io::Result<Channel> {
-    let (ours, theirs) = UnixStream::pair()?;
-    let theirs = OwnedFd::from(theirs);
-    let child = Command::new("/bin/sh")
-        .args(["-c", command])
-        .stdin(Stdio::from(theirs.try_clone()?))
-        .stdout(Stdio::from(theirs))
-        .spawn()?;
-    ours.set_read_timeout(Some(PATIENCE))?;
-    ours.set_write_timeout(Some(PATIENCE))?;
-    Ok(channel(Tunnel { stream: ours, child }))
-}
-
-/// A command that carries the stream. It ends when its standard input does.
-struct Tunnel {
-    stream: UnixStream,
-    child: Child,
-}
-
-impl Read for Tunnel {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(bytes)
-    }
-}
-
-impl Write for Tunnel {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.write(bytes)
-    }
-
-    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.stream.write_vectored(slices)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for Tunnel {
-    fn drop(&mut self) {
-        // It sees the end of its input; one that doesn't care is not waited for.
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            std::thread::sleep(PATIENCE);
-            let _ = self.child.try_wait();
-        }
-    }
 }
 
 /// Standard input and output, which may be pipes that others share: never made non-blocking.

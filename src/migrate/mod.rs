@@ -1,6 +1,6 @@
 //! Migration at this end: the machine behind `vmm_migration`'s traits, and what carries the stream.
 //!
-//! - [`uri`], [`link`]: where the stream goes and how its bytes get there;
+//! - [`uri`], [`link`], [`carrier`]: where the stream goes and how its bytes get there;
 //! - [`tracking`]: which pages of guest RAM were touched and written; `dirtiers`: by which vCPU;
 //! - [`cpu`]: what a guest's vCPUs need of a host; `fitting`: whether the rest of it is there;
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
@@ -11,6 +11,7 @@
 
 pub mod arriving;
 mod aside;
+pub mod carrier;
 pub mod cpu;
 mod dirtiers;
 mod fitting;

@@ -13,6 +13,7 @@ use vmm_migration::source::{
 use vmm_migration::wire::Algorithm;
 
 use super::aside::aside;
+use super::carrier::Carrier;
 use super::leaving::{HaltedGuest, LiveGuest};
 use super::link;
 use super::uri::Uri;
@@ -58,10 +59,28 @@ pub enum Pending {
 /// Moves a VM, or only forecasts its move.
 pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) -> Departure {
     let stayed = |vm, why| Departure::Stayed { vm, outcome: Err((why, None)) };
-    let channel = match connect(&request.uri, observer) {
-        Ok(channel) => channel,
+    let (channel, carrier) = match connect(&request.uri, observer) {
+        Ok(connected) => connected,
         Err(why) => return stayed(vm, why),
     };
+    let departure = migrate_through(channel, vm, request, observer);
+    match (carrier, &departure) {
+        // What it runs there may be the guest.
+        (Some(carrier), Departure::Moved { .. } | Departure::Pending(Pending::InDoubt(_))) => {
+            carrier.leave();
+        }
+        (carrier, _) => drop(carrier),
+    }
+    departure
+}
+
+fn migrate_through(
+    channel: Channel,
+    vm: Vm,
+    request: &MigrateRequest,
+    observer: &mut dyn Observer,
+) -> Departure {
+    let stayed = |vm, why| Departure::Stayed { vm, outcome: Err((why, None)) };
     let options = match options(request) {
         Ok(options) => options,
         Err(e) => return stayed(vm, chain(&e)),
@@ -87,7 +106,7 @@ pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) ->
 
 /// Connects, and looks meanwhile who wants to know or to cancel: a name can take long to be found, and a host to
 /// answer.
-fn connect(uri: &Uri, observer: &mut dyn Observer) -> Result<Channel, String> {
+fn connect(uri: &Uri, observer: &mut dyn Observer) -> Result<(Channel, Option<Carrier>), String> {
     let there = uri.clone();
     let mut poll = || observer.observe(&Progress::default());
     match aside("connect", move || link::connect(&there), &mut poll) {
@@ -154,7 +173,7 @@ impl Pending {
         match self {
             Self::Stuck(aborted, _) => resume(*aborted),
             Self::InDoubt(mut doubt) => {
-                if let Ok(channel) = connect(uri, observer) {
+                if let Ok((channel, _carrier)) = connect(uri, observer) {
                     match doubt.ask(channel, observer) {
                         Commitment::InDoubt(still) => doubt = still,
                         known => return settle(known),
