@@ -32,6 +32,8 @@ pub struct Point {
 
 struct Trap {
     point: Point,
+    /// The connection ends at the point.
+    cuts: bool,
     spring: Box<dyn FnOnce() + Send>,
     sprung: Sender<()>,
 }
@@ -58,8 +60,26 @@ impl Relay {
     /// Between whoever connects here and the destination at a UNIX socket. The trap springs once; later
     /// connections pass untouched.
     pub fn start(destination: &Path, point: Point, spring: impl FnOnce() + Send + 'static) -> Self {
+        Self::trapping(destination, point, true, Box::new(spring))
+    }
+
+    /// As [`Self::start`], but the connection stays, and all passes.
+    pub fn watching(
+        destination: &Path,
+        point: Point,
+        spring: impl FnOnce() + Send + 'static,
+    ) -> Self {
+        Self::trapping(destination, point, false, Box::new(spring))
+    }
+
+    fn trapping(
+        destination: &Path,
+        point: Point,
+        cuts: bool,
+        spring: Box<dyn FnOnce() + Send>,
+    ) -> Self {
         let (sender, sprung) = channel();
-        let trap = Trap { point, spring: Box::new(spring), sprung: sender };
+        let trap = Trap { point, cuts, spring, sprung: sender };
         Self::between(destination, sprung, Some(trap), None)
     }
 
@@ -181,22 +201,30 @@ fn pump(
                 _ => None,
             }
         };
-        let Some(Trap { point, spring, sprung }) = caught else {
+        let Some(Trap { point, cuts, spring, sprung }) = caught else {
             if trapped.load(Ordering::SeqCst) {
                 return Ok(());
             }
             to.write_all(&whole)?;
             continue;
         };
-        trapped.store(true, Ordering::SeqCst);
+        trapped.store(cuts, Ordering::SeqCst);
         if point.delivered {
             to.write_all(&whole)?;
         }
         spring();
-        from.shutdown(Shutdown::Both)?;
-        to.shutdown(Shutdown::Both)?;
+        if cuts {
+            from.shutdown(Shutdown::Both)?;
+            to.shutdown(Shutdown::Both)?;
+        }
         // The test may have given up.
         let _ = sprung.send(());
-        return Ok(());
+        if !cuts && !point.delivered {
+            // To an end that was stopped this may take as long as it stands.
+            to.write_all(&whole)?;
+        }
+        if cuts {
+            return Ok(());
+        }
     }
 }
