@@ -26,12 +26,17 @@ impl Vm {
 
     /// As [`Self::listen`], at a free port of this host.
     pub fn listen_tcp(options: &[&str]) -> (Self, String) {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let uri = format!("tcp:127.0.0.1:{port}");
+        Self::listen_tcp_at("127.0.0.1", options)
+    }
+
+    /// As [`Self::listen_tcp`], at an address.
+    pub fn listen_tcp_at(host: &str, options: &[&str]) -> (Self, String) {
+        let free = TcpListener::bind(format!("{host}:0")).unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let uri = format!("tcp:{host}:{port}");
         let vm = Self::listen_at(Place::new(), &uri, options);
-        // 0A is LISTEN; the address is in the kernel's byte order.
-        let entry = format!("0100007F:{port:04X} 00000000:0000 0A");
-        until("listens", || std::fs::read_to_string("/proc/net/tcp").unwrap().contains(&entry));
+        until("listens", || listens_tcp(port));
         (vm, uri)
     }
 
@@ -125,11 +130,23 @@ pub fn listen_output(uri: &str) -> Output {
 }
 
 /// Whether somebody listens there: the socket is there a moment before.
-fn listens(socket: &Path) -> bool {
+pub fn listens(socket: &Path) -> bool {
     // Columns: number, references, protocol, flags (0x10000: it listens), type, state, inode, path.
     std::fs::read_to_string("/proc/net/unix").unwrap().lines().any(|line| {
         let columns: Vec<_> = line.split_whitespace().collect();
         columns.get(3) == Some(&"00010000") && columns.get(7).map(Path::new) == Some(socket)
+    })
+}
+
+/// Whether somebody listens at this port, at whatever address.
+fn listens_tcp(port: u16) -> bool {
+    let read = |table| std::fs::read_to_string(table).unwrap_or_default();
+    let tables = read("/proc/net/tcp") + &read("/proc/net/tcp6");
+    let end = format!(":{port:04X}");
+    // Columns: number, local address, remote address, state (0A: it listens).
+    tables.lines().any(|line| {
+        let columns: Vec<_> = line.split_whitespace().collect();
+        columns.get(3) == Some(&"0A") && columns.get(1).is_some_and(|local| local.ends_with(&end))
     })
 }
 
