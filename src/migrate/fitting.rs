@@ -3,6 +3,7 @@
 
 use vmm_migration::plan::Plan;
 
+use super::cgroup;
 use crate::arch::layout;
 use crate::backend::disk::{Disk, DiskError, DiskHandle, Locking};
 use crate::backend::lock::{LockError, Obstacle};
@@ -100,19 +101,21 @@ pub(super) fn tap_reasons(config: &Config) -> Vec<String> {
 
 /// Not enough memory for what the guest has touched.
 pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
-    memory_lacking(plan.touched_pages, &std::fs::read_to_string("/proc/meminfo").ok()?)
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    memory_lacking(plan.touched_pages, &meminfo, cgroup::left_bytes())
 }
 
-fn memory_lacking(touched_pages: u64, meminfo: &str) -> Option<String> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let available_kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+fn memory_lacking(touched_pages: u64, meminfo: &str, group_bytes: Option<u64>) -> Option<String> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let host_kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse().ok());
     let needed_kib = touched_pages.saturating_mul(PAGE_SIZE / 1024);
-    (needed_kib > available_kib).then(|| {
-        format!(
-            "the guest uses {} MiB of memory, this host has {} MiB left",
-            needed_kib >> 10,
-            available_kib >> 10
-        )
+    let leaves = [
+        (host_kib, "this host has"),
+        (group_bytes.map(|bytes| bytes >> 10), "the control group of this process has"),
+    ];
+    let least = leaves.into_iter().filter_map(|(kib, who)| Some((kib?, who))).min();
+    least.filter(|(kib, _)| needed_kib > *kib).map(|(kib, who)| {
+        format!("the guest uses {} MiB of memory, {who} {} MiB left", needed_kib >> 10, kib >> 10)
     })
 }
 
@@ -123,12 +126,20 @@ mod tests {
     #[test]
     fn memory_is_held_against_what_is_left() {
         let meminfo = "MemTotal:  4000000 kB\nMemFree:  9 kB\nMemAvailable:    1024 kB\n";
-        assert_eq!(memory_lacking(256, meminfo), None);
+        assert_eq!(memory_lacking(256, meminfo, None), None);
         assert_eq!(
-            memory_lacking(257 + 256, meminfo).unwrap(),
+            memory_lacking(257 + 256, meminfo, Some(4 << 20)).unwrap(),
             "the guest uses 2 MiB of memory, this host has 1 MiB left"
         );
-        assert!(memory_lacking(u64::MAX, meminfo).is_some());
-        assert_eq!(memory_lacking(u64::MAX, "nothing"), None, "who can't tell doesn't refuse");
+        assert_eq!(
+            memory_lacking(256, meminfo, Some((1 << 20) - 1)).unwrap(),
+            "the guest uses 1 MiB of memory, the control group of this process has 0 MiB left"
+        );
+        assert!(memory_lacking(u64::MAX, meminfo, None).is_some());
+        assert_eq!(
+            memory_lacking(u64::MAX, "nothing", None),
+            None,
+            "who can't tell doesn't refuse"
+        );
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! - [`uri`], [`link`], [`carrier`]: where the stream goes and how its bytes get there;
 //! - [`tracking`]: which pages of guest RAM were touched and written; `dirtiers`: by which vCPU;
-//! - [`cpu`]: what a guest's vCPUs need of a host; `fitting`: whether the rest of it is there;
+//! - [`cpu`]: what a guest's vCPUs need of a host; `fitting` (and `cgroup`): whether the rest of it is there;
 //! - [`leaving`]: the source's guest, live and halted; [`outgoing`] drives it;
 //! - [`arriving`]: the destination's guest, `mapping`: its RAM in KVM's page tables before it runs; [`incoming`]
 //!   drives it; [`verdicts`]: what is told a source in doubt;
@@ -12,6 +12,7 @@
 pub mod arriving;
 mod aside;
 pub mod carrier;
+mod cgroup;
 pub mod cpu;
 mod dirtiers;
 mod fitting;
