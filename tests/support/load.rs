@@ -309,7 +309,8 @@ fn disk(watch: &Watch, path: &Path) {
     (0..number).for_each(check);
 }
 
-/// Lines typed on the console are numbered, and none is lost, doubled or changed. "end" ends the program.
+/// Lines typed on the console are numbered, and none is lost, doubled or changed: each is answered with the time. "end"
+/// ends the program.
 fn listen(watch: &Watch) {
     let (mut next, mut line) = (0, String::new());
     let stdin = std::io::stdin();
@@ -320,7 +321,8 @@ fn listen(watch: &Watch) {
             Err(e) => watch.fault(&format!("console: {e}")),
             Ok(_) if line == "end\n" => {}
             Ok(_) if line.strip_suffix('\n') == Some(&tick(next)) => {
-                println!("heard {next}");
+                let now = watch.start.elapsed().as_nanos();
+                println!("heard {next} at {now} {}", real_ns());
                 next += 1;
                 continue;
             }
