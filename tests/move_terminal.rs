@@ -5,7 +5,7 @@
 mod screen;
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use screen::Screen;
@@ -17,9 +17,9 @@ use support::vm::{Vm, has_kvm};
 /// Slow enough for the bar to be drawn in each round, which lasts half a second.
 const SLOW: [&str; 2] = ["--bandwidth", "64M"];
 
-/// A VM that never stops writing to its 4 MiB.
+/// A VM that never stops writing to its 4 MiB, so slowly that its dots never fill the pipe, which would stop it.
 fn dirtier() -> Vm {
-    let mut vm = Vm::start(Guest::dirtier(4, 0), &["--name", "web"]);
+    let mut vm = Vm::start(Guest::dirtier(4, 500), &["--name", "web"]);
     vm.read_some(2);
     vm
 }
@@ -45,6 +45,20 @@ fn is_measure(text: &str, units: &[&str]) -> bool {
     })
 }
 
+fn is_number(text: &str) -> bool {
+    text.parse::<u64>().is_ok()
+}
+
+/// A line of a narrow terminal with a downtime in it, and its parts; the first is the round.
+#[track_caller]
+fn measured(drawn: &[String]) -> (&String, Vec<&str>) {
+    let later = drawn.iter().find(|line| line.starts_with("pre-copy ") && line.contains(", stop "));
+    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
+    let parts: Vec<_> = later.split(", ").collect();
+    assert!(parts[0].strip_prefix("pre-copy ").is_some_and(is_number), "{later}");
+    (later, parts)
+}
+
 const BYTES: [&str; 3] = ["B", "KiB", "MiB"];
 const RATES: [&str; 3] = ["B/s", "KiB/s", "MiB/s"];
 const TIMES: [&str; 2] = ["ms", "s"];
@@ -53,7 +67,7 @@ const TIMES: [&str; 2] = ["ms", "s"];
 fn bar(columns: u16) -> Vec<String> {
     let mut source = dirtier();
     let (mut destination, uri) = Vm::listen(&[]);
-    let options = ["--timeout", "2s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
+    let options = ["--timeout", "3s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
     let mut screen = Screen::new(columns);
     let status = watch(move_at_terminal(&source, columns, &uri, &options), &mut screen);
     assert_eq!((status, screen.too_wide()), (Some(0), None));
@@ -63,7 +77,8 @@ fn bar(columns: u16) -> Vec<String> {
     // The report, and nothing of the bar.
     let left = screen.left();
     assert!(left[0].starts_with("moved web in "), "{left:?}");
-    assert!(left.iter().any(|line| line.starts_with("forecast: ")), "{left:?}");
+    let beside = |line: &String| line.starts_with("forecast: ") && line.contains("; it was ");
+    assert!(left.iter().any(beside), "{left:?}");
     assert!(!left.iter().any(|line| line.contains('\u{b7}') || line.contains("copy")), "{left:?}");
     drawn
 }
@@ -80,12 +95,12 @@ fn a_wide_terminal_shows_all() {
     let first = drawn.iter().find(|line| line.contains("] pre-copy round 0 \u{b7} ")).unwrap();
     assert!(first.starts_with("[") && first.contains(" sent \u{b7} "), "{first}");
     // Once it is measured.
-    let later = drawn.iter().find(|line| line.contains("] pre-copy round 1 \u{b7} "));
-    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
+    let measured = |line: &&String| line.contains("] pre-copy ") && line.contains(" downtime ");
+    let later = drawn.iter().find(measured).unwrap_or_else(|| panic!("{drawn:#?}"));
     let parts: Vec<_> = later.split(" \u{b7} ").collect();
     let [stage, sent, rate, left, downtime, dirties] = parts[..] else { panic!("{later}") };
     let stage = stage.trim_start_matches(['[', '#', '.']);
-    assert_eq!(stage, "] pre-copy round 1");
+    assert!(stage.strip_prefix("] pre-copy round ").is_some_and(is_number), "{later}");
     assert!(sent.strip_suffix(" sent").is_some_and(|s| is_measure(s, &BYTES)), "{later}");
     assert!(is_measure(rate, &RATES), "{later}");
     assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
@@ -100,10 +115,8 @@ fn eighty_columns_show_all_but_the_bar() {
     }
     let drawn = bar(80);
     assert!(drawn.iter().any(|line| line.starts_with('[')), "{drawn:#?}");
-    let later = drawn.iter().find(|line| line.starts_with("pre-copy 1, "));
-    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
-    let parts: Vec<_> = later.split(", ").collect();
-    let [_, left, stop, dirty, rate, bytes] = parts[..] else { panic!("{later}") };
+    let (later, parts) = measured(&drawn);
+    let [left, stop, dirty, rate, bytes] = parts[1..] else { panic!("{later}") };
     assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
     assert!(stop.strip_prefix("stop ").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
     assert!(dirty.strip_prefix("dirty ").is_some_and(|s| is_measure(s, &RATES)), "{later}");
@@ -116,10 +129,8 @@ fn forty_columns_show_what_matters_most() {
         return;
     }
     let drawn = bar(40);
-    let later = drawn.iter().find(|line| line.starts_with("pre-copy 1, "));
-    let later = later.unwrap_or_else(|| panic!("{drawn:#?}"));
-    let parts: Vec<_> = later.split(", ").collect();
-    let [_, left, stop, ..] = parts[..] else { panic!("{later}") };
+    let (later, parts) = measured(&drawn);
+    let [left, stop, ..] = parts[1..] else { panic!("{later}") };
     assert!(left.strip_suffix(" left").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
     assert!(stop.strip_prefix("stop ").is_some_and(|s| is_measure(s, &TIMES)), "{later}");
 }
@@ -133,20 +144,20 @@ fn ctrl_c_cancels_and_leaves_the_terminal_in_order() {
     let (mut destination, uri) = Vm::listen(&[]);
     let mut screen = Screen::new(80);
     let mut pty = move_at_terminal(&source, 80, &uri, &[]);
-    screen.show(&pty.read_until("pre-copy 1, "));
+    screen.show(&pty.read_until(", stop "));
     pty.type_in(b"\x03");
     assert_eq!(watch(pty, &mut screen), Some(1));
     let left = screen.left();
     let [line] = &left[..] else { panic!("{left:?}") };
     assert!(line.starts_with("vmm: ") && line.contains("cancelled"), "{line}");
     // Nothing of the bar, nor of the ^C that the terminal shows.
-    assert!(!line.contains('^') && !line.contains("pre-copy 1"), "{line}");
+    assert!(!line.contains('^') && !line.contains(", stop "), "{line}");
     assert_eq!(source.info()["state"], "running");
     source.read_some(2);
     assert_eq!(destination.wait().0, Some(1));
 }
 
-/// A VM that doesn't answer, for it stands still, is left behind by a second Ctrl-C.
+/// A VM that doesn't answer, for it stands still, is left behind by one more Ctrl-C.
 #[test]
 fn a_second_ctrl_c_does_not_wait_for_the_end() {
     if !has_kvm() {
@@ -154,16 +165,18 @@ fn a_second_ctrl_c_does_not_wait_for_the_end() {
     }
     let mut source = dirtier();
     let (_destination, uri) = Vm::listen(&[]);
-    let mut screen = Screen::new(80);
-    let mut pty = move_at_terminal(&source, 80, &uri, &[]);
-    screen.show(&pty.read_until("pre-copy 1, "));
+    // Wide, for what the terminal shows of the keys.
+    let mut screen = Screen::new(300);
+    let mut pty = move_at_terminal(&source, 300, &uri, &[]);
+    screen.show(&pty.read_until(" downtime "));
     source.signal(Signal::STOP);
-    let start = Instant::now();
-    pty.type_in(b"\x03");
-    screen.show(&pty.read_until("^C"));
-    pty.type_in(b"\x03");
+    // Two that come together may be one signal.
+    until("ends", || {
+        pty.type_in(b"\x03");
+        std::thread::sleep(Duration::from_millis(500));
+        pty.child.try_wait().unwrap().is_some()
+    });
     assert_eq!(watch(pty, &mut screen), Some(1));
-    assert!(start.elapsed() < Duration::from_secs(20), "it waited for an answer");
     let left = screen.left();
     let [line] = &left[..] else { panic!("{left:?}") };
     assert!(line.starts_with("vmm: ") && line.contains("interrupted"), "{line}");
@@ -180,7 +193,7 @@ fn without_a_terminal_each_stage_has_a_line() {
     }
     let source = dirtier();
     let (_destination, uri) = Vm::listen(&[]);
-    let options = ["--timeout", "2s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
+    let options = ["--timeout", "3s", "--on-timeout", "stop-and-copy", "--downtime-limit", "1ms"];
     let answer = source.try_move(&uri, &[&SLOW[..], &options].concat());
     answer.check_moved();
     let stages = "vmm: pre-migration\nvmm: reservation\nvmm: pre-copy\nvmm: stop-and-copy\n";

@@ -214,7 +214,7 @@ mod tests {
         let narrow = |bar: &mut Bar, columns| bar.line(&at(1_000_000), columns);
         assert_eq!(narrow(&mut bar, 40), "pre-copy 12, 1.2 s left, stop 6.7 s");
         assert_eq!(narrow(&mut bar, 37), "pre-copy 12, 1.2 s left");
-        assert_eq!(narrow(&mut bar, 27), "[..........] pre-copy 12");
+        assert_eq!(narrow(&mut bar, 51), "[..........] pre-copy 12, 1.2 s left, stop 6.7 s");
         assert_eq!(narrow(&mut bar, 5), "pre-copy 12");
     }
 

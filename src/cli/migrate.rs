@@ -79,6 +79,9 @@ example: vmm migrate --listen tcp:0.0.0.0:4444           (there)
 /// How long a VM may take to answer what it can answer at once.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a client that is interrupted twice waits for the answer to its first request.
+const CANCEL_SENT_TIMEOUT: Duration = Duration::from_secs(1);
+
 #[derive(Default)]
 struct Raw {
     listen: Option<String>,
@@ -316,9 +319,15 @@ pub(super) fn cancel_on_signal(vm: &str, cancel: Request) -> std::io::Result<()>
         let _ = signals.recv();
         let there = vm.clone();
         // Too late, or gone: the end tells.
-        let request = move || drop(ask(&there, &cancel));
-        let asked = std::thread::Builder::new().name("cancel".to_owned()).spawn(request);
-        if asked.is_err() || signals.recv().is_ok() {
+        let (asked, answered) = mpsc::channel();
+        let request = move || {
+            let _ = ask(&there, &cancel);
+            drop(asked);
+        };
+        let spawned = std::thread::Builder::new().name("cancel".to_owned()).spawn(request);
+        if spawned.is_err() || signals.recv().is_ok() {
+            // The request is to be on its way.
+            let _: Result<(), _> = answered.recv_timeout(CANCEL_SENT_TIMEOUT);
             if std::io::stderr().is_terminal() {
                 eprint!("{}", super::bar::CLEAR);
             }
