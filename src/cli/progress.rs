@@ -106,18 +106,33 @@ pub fn report(r: &Value) -> String {
     if let Some(stall) = r["guest_stall_us"].as_u64() {
         let _ = writeln!(text, "the guest's own clock saw a gap of {}", milliseconds(stall));
     }
-    if r["forecast"].is_object() {
-        let f = &r["forecast"];
-        let _ = writeln!(
-            text,
-            "forecast: {} in {} with a downtime of {}",
-            format_measured(number(f, "bytes")),
-            seconds(number(f, "total_us")),
-            milliseconds(number(f, "downtime_us")),
-        );
-    }
+    text.push_str(&forecast_beside(r));
     text.push_str(&warnings(r));
     text
+}
+
+/// A line with what was forecast, and what came. The guest's first sign is not forecast.
+fn forecast_beside(r: &Value) -> String {
+    let (f, downtime) = (&r["forecast"], &r["downtime"]);
+    if !f.is_object() {
+        return String::new();
+    }
+    let told = |bytes, time, downtime: &str| {
+        format!("{} in {} with a downtime of {downtime}", format_measured(bytes), seconds(time))
+    };
+    let came = match (downtime.is_object(), number(downtime, "first_sign_us")) {
+        (false, _) => "nobody knows what".to_owned(),
+        (true, 0) => milliseconds(number(downtime, "total_us")),
+        (true, sign) => {
+            let us = number(downtime, "total_us").saturating_sub(sign);
+            format!("{} to the vCPUs running", milliseconds(us))
+        }
+    };
+    format!(
+        "forecast: {}; it was {}\n",
+        told(number(f, "bytes"), number(f, "total_us"), &milliseconds(number(f, "downtime_us"))),
+        told(number(r, "sent_bytes"), number(r, "total_us"), &came),
+    )
 }
 
 /// A line for each thing that the destination doesn't refuse the guest for, but that should be known.
@@ -281,6 +296,28 @@ mod tests {
     fn a_downtime_that_nobody_measured_is_not_told() {
         let text = report(&json!({ "name": "web", "downtime": null, "rounds": [] }));
         assert!(text.contains("\ndowntime not known: ") && !text.contains("0.0 ms:"), "{text}");
+    }
+
+    #[test]
+    fn what_was_forecast_stands_beside_what_came() {
+        let report = |downtime: &Value| {
+            forecast_beside(&json!({
+                "forecast": { "bytes": 3 << 20, "total_us": 1_200_000, "downtime_us": 17_800 },
+                "sent_bytes": 4 << 20, "total_us": 1_300_000, "downtime": downtime,
+            }))
+        };
+        let expected = "forecast: 3.0 MiB in 1.2 s with a downtime of 17.8 ms; it was 4.0 MiB in 1.3 s with a downtime of ";
+        for (downtime, told) in [
+            (
+                json!({ "total_us": 90_100, "first_sign_us": 70_000 }),
+                "20.1 ms to the vCPUs running\n",
+            ),
+            (json!({ "total_us": 90_100, "first_sign_us": null }), "90.1 ms\n"),
+            (Value::Null, "nobody knows what\n"),
+        ] {
+            assert_eq!(report(&downtime).strip_prefix(expected), Some(told));
+        }
+        assert_eq!(forecast_beside(&json!({ "forecast": null })), "");
     }
 
     #[test]

@@ -15,8 +15,12 @@ use crate::report::{Forecast, Observer, Outcome, Report, Round, Stage, micros};
 
 /// The spans of a forecast's samples, in milliseconds from a common start.
 const SAMPLES_MS: [u64; 5] = [5, 20, 100, 300, 1000];
-/// Padding sent to measure the bandwidth of a dry run: 16 MiB, or a tenth of a second of a capped link.
-const PROBE_RECORDS: u64 = 16;
+/// Padding sent to measure the bandwidth of a dry run: so much at first and at most, or a tenth of a second of a capped
+/// link.
+const PROBE_BYTES_MIN: u64 = 64 << 10;
+const PROBE_BYTES_MAX: u64 = 512 << 20;
+/// How long sending it takes at least, for the time to tell.
+const PROBE_TIME: Duration = Duration::from_millis(50);
 /// Rounds that a report lists; of more, the first and the last.
 const ROUNDS_LISTED_MAX: usize = 1000;
 
@@ -327,21 +331,30 @@ impl Common {
         Ok(made)
     }
 
-    /// Measures the bandwidth with padding, which the destination reads and drops.
+    /// Measures the bandwidth with padding, which the destination reads and drops: more and more of it, until it takes
+    /// long enough to tell.
     fn probe(&mut self, observer: &mut dyn Observer) -> Result<u64, MigrateError> {
         let tenth = self.options.bandwidth.map_or(u64::MAX, |rate| rate / 10);
-        let padding = usize::try_from(tenth).unwrap_or(usize::MAX).clamp(1, PING_PADDING_MAX);
-        let records = (tenth / padding as u64).clamp(1, PROBE_RECORDS);
-        let start = self.channel.now();
-        for token in 0..records {
-            self.ping(token, padding, observer)?;
+        let most = tenth.clamp(1, PROBE_BYTES_MAX);
+        let round_trip = Duration::from_micros(self.report.round_trip_us);
+        let mut bytes = PROBE_BYTES_MIN.min(most);
+        loop {
+            let start = self.channel.now();
+            let padding = bytes.min(PING_PADDING_MAX as u64);
+            let records = bytes / padding;
+            for token in 0..records {
+                self.ping(token, usize::try_from(padding).unwrap_or(PING_PADDING_MAX), observer)?;
+            }
+            for token in 0..records {
+                self.pong(token, observer)?;
+            }
+            let time = (self.channel.now() - start).saturating_sub(round_trip);
+            if time >= PROBE_TIME || bytes >= most {
+                let sent = u128::from(records * padding) * 1_000_000_000;
+                let rate = u64::try_from(sent / time.as_nanos().max(1)).unwrap_or(u64::MAX);
+                return Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)));
+            }
+            bytes = (bytes * 2).min(most);
         }
-        for token in 0..records {
-            self.pong(token, observer)?;
-        }
-        let nanos = (self.channel.now() - start).as_nanos().max(1);
-        let bytes = u128::from(records) * padding as u128;
-        let rate = u64::try_from(bytes * 1_000_000_000 / nanos).unwrap_or(u64::MAX);
-        Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)))
     }
 }

@@ -66,7 +66,8 @@ fn a_destination_that_takes_a_byte_now_and_then_does_not_hold_the_source() {
 
 #[test]
 fn a_dry_run_forecasts_and_moves_nothing() {
-    let (forecast, report) = dry_run(&base(21));
+    let slice = Some(Duration::from_millis(1));
+    let (forecast, report) = dry_run(&Scenario { slice, ..base(21) });
     // 1 MB/s, 32 pages of RAM, some of them touched: tens of milliseconds.
     assert!((900_000..=1_000_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
     assert!(forecast.total_us > 20_000 && forecast.bytes > 5 * 4096, "{forecast:?}");
@@ -82,10 +83,23 @@ fn a_dry_run_over_a_slow_link_ends_with_its_last_sample() {
     assert!(report.total_us < 1_500_000, "{report:?}");
 }
 
+/// Without a cap, by as much padding as it takes to tell.
+#[test]
+fn a_dry_run_measures_the_link() {
+    for rate in [1_000_000, 20_000_000, 400_000_000] {
+        let (rate, bandwidth) = (Some(rate), Some(u64::MAX));
+        let slice = Some(Duration::from_millis(1));
+        let (forecast, _) = dry_run(&Scenario { rate, bandwidth, slice, ..base(21) });
+        let off = forecast.send_bytes_per_s.abs_diff(rate.unwrap_or(0));
+        assert!(off < rate.unwrap_or(0) / 10, "{rate:?}: {forecast:?}");
+    }
+}
+
 fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
     let world = World::new(None);
     let link = Link::new(&world, None, 1 << 16, false);
     scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
+    link.set_rate(scenario.rate);
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
     let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
     let (source, destination) = both(
