@@ -3,12 +3,13 @@
 //! One guest of 4 GiB dirties half of it without pause while its first round goes over TCP's loopback; just before,
 //! as much is copied from memory to memory through such a socket, the guest dirtying too. That is done to memory in use,
 //! and to memory of the kind that guests have, which nobody used before: its first write is a page fault. Another of 8 GiB has four
-//! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. Both ends'
-//! own memory (what is not the guest's RAM) is looked at all the while.
+//! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. A third prints without
+//! pause: the longest gap in that while it moves, beside the longest in a second before. Both ends' own memory (what is not
+//! the guest's RAM) is looked at all the while.
 
 use std::io;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vm_memory::{Bytes, GuestAddress};
@@ -17,7 +18,7 @@ use vmm::memory::{Backing, Memory};
 use crate::guests::Guest;
 use crate::peer::Peer;
 use crate::plain_copy::plain_copy;
-use crate::process::{Watched, free_port, until_listening};
+use crate::process::{Watched, free_port, longest_gap, until_listening};
 use crate::table::{Goal, Row, Table};
 use crate::{Result, Settings, ring};
 
@@ -30,20 +31,40 @@ const ROWS: &[Row] = &[
     ("stall", "start of tracking, 8 GiB: longest stall of a vCPU", "ms", Goal::Most(1.0)),
     ("save", "save of all state, 4 vCPUs", "ms", Goal::Most(2.0)),
     ("restore", "restore of all state, 4 vCPUs", "ms", Goal::Most(5.0)),
+    (
+        "gap",
+        "longest gap in a guest's output while it moves, beyond that in the second before",
+        "ms",
+        Goal::Most(10.0),
+    ),
     ("source", "own memory of the source grows by", "MiB", Goal::Most(16.0)),
     ("destination", "own memory of the destination grows by", "MiB", Goal::Most(16.0)),
 ];
 const DIRTY_MIB: u64 = 2048;
 const LOOK: Duration = Duration::from_millis(20);
+/// How long a guest's output is watched without a move.
+const BEFORE: Duration = Duration::from_secs(1);
+/// ... and at the destination.
+const AFTER: Duration = Duration::from_millis(200);
+
+/// A guest that has moved.
+struct Moved {
+    report: Value,
+    /// By how many MiB the source's own memory grew, and the destination's beyond what the source's was.
+    grown: [f64; 2],
+    /// The longest time without output, from the order to move on.
+    gap: Duration,
+}
 
 /// `bench cost`
 pub fn measure(settings: &Settings) -> Result<()> {
     let title = "What a move costs, on this machine's /dev/kvm";
     let mut table = Table::new(title, ROWS, &[Peer::Vmm]);
-    settings.each_of(&["a move under load", "a move of state"], &[Peer::Vmm], |which, peer| {
+    let parts = ["a move under load", "a move of state", "a move of a guest that prints"];
+    settings.each_of(&parts, &[Peer::Vmm], |which, peer| {
         if which == 0 {
             let plain = &mut None;
-            let (report, grown) = moved(Guest::dirtier(DIRTY_MIB, 0), 4096, 1, || {
+            let Moved { report, grown, .. } = moved(Guest::dirtier(DIRTY_MIB, 0), 4096, 1, |_| {
                 *plain = Some((copy_into(false)?, copy_into(true)?));
                 Ok(())
             })?;
@@ -58,12 +79,22 @@ pub fn measure(settings: &Settings) -> Result<()> {
             table.note(peer, "share-fresh", mib / seconds / fresh);
             table.note(peer, "source", grown[0]);
             table.note(peer, "destination", grown[1]);
-        } else {
-            let (report, _) = moved(Guest::dirtier(16, 0), 8192, 4, || Ok(()))?;
+        } else if which == 1 {
+            let Moved { report, .. } = moved(Guest::dirtier(16, 0), 8192, 4, |_| Ok(()))?;
             let downtime = &report["downtime"];
             table.note(peer, "stall", ring::stall_of_start_us(8192)? / 1e3);
             table.note(peer, "save", number(&downtime["save_us"])? / 1e3);
             table.note(peer, "restore", number(&downtime["restore_us"])? / 1e3);
+        } else {
+            let before = &mut None;
+            let Moved { gap, .. } = moved(Guest::counter(), 512, 1, |source| {
+                let start = Instant::now();
+                source.watch_for(BEFORE);
+                *before = Some(longest_gap(&[source], start));
+                Ok(())
+            })?;
+            let before = before.ok_or("no gap before")?;
+            table.note(peer, "gap", (gap.as_secs_f64() - before.as_secs_f64()) * 1e3);
         }
         Ok(())
     });
@@ -96,14 +127,13 @@ fn number(value: &Value) -> Result<f64> {
     value.as_f64().ok_or_else(|| format!("the report has {value} for a number").into())
 }
 
-/// Boots the guest, waits for its first pass, does something meanwhile, and moves it after one round. Gives the
-/// report, and by how many MiB the source's own memory grew, and the destination's beyond what the source's was.
+/// Boots the guest, waits for its first pass, does something meanwhile, and moves it after one round.
 fn moved(
     guest: Guest,
     mem_mib: u32,
     cpus: u32,
-    meanwhile: impl FnOnce() -> Result<()>,
-) -> Result<(Value, [f64; 2])> {
+    meanwhile: impl FnOnce(&mut Watched) -> Result<()>,
+) -> Result<Moved> {
     let dir = std::env::temp_dir().join(format!("vmm-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     let [source_socket, destination_socket] = ["source", "destination"].map(|name| dir.join(name));
@@ -116,7 +146,7 @@ fn moved(
     boot.arg("--kernel").arg(guest.write_to(&dir)).arg("--control").arg(&source_socket);
     let mut source = Watched::spawn(&mut boot)?;
     source.wait_for(".")?;
-    meanwhile()?;
+    meanwhile(&mut source)?;
     let uri = format!("tcp:127.0.0.1:{}", free_port()?);
     let mut listen = vmm(&["migrate", "--listen", &uri]);
     let mut destination = Watched::spawn(listen.arg("--control").arg(&destination_socket))?;
@@ -124,6 +154,7 @@ fn moved(
     let before = source.own_anonymous_kib()?;
     let mut most = [before; 2];
     let mut connect = vmm(&["migrate", "--connect", &uri, "--json", "--downtime-limit", "60s"]);
+    let start = Instant::now();
     let mut client = Watched::spawn(connect.arg(&source_socket))?;
     while client.watch_for(LOOK) {
         for (most, end) in most.iter_mut().zip([&source, &destination]) {
@@ -133,8 +164,12 @@ fn moved(
     }
     let text = client.wait_for_end()?;
     destination.wait_for(".")?;
+    source.watch_for(AFTER);
+    destination.watch_for(AFTER);
+    let gap = longest_gap(&[&source, &destination], start);
     drop((source, destination));
     std::fs::remove_dir_all(&dir)?;
     let report = serde_json::from_str(text.lines().last().unwrap_or_default())?;
-    Ok((report, most.map(|most| (most - before) as f64 / 1024.0)))
+    let grown = most.map(|most| (most - before) as f64 / 1024.0);
+    Ok(Moved { report, grown, gap })
 }

@@ -140,6 +140,14 @@ impl Watched {
     }
 }
 
+/// The longest time without output, of processes whose outputs follow each other, from some moment on.
+pub fn longest_gap(ends: &[&Watched], since: Instant) -> Duration {
+    let times = ends.iter().flat_map(|end| &end.times).map(|(_, at)| *at).filter(|at| *at >= since);
+    let times: Vec<Instant> = times.collect();
+    let gaps = times.windows(2).map(|pair| pair[1].saturating_duration_since(pair[0]));
+    gaps.max().unwrap_or(WAIT_MAX)
+}
+
 impl Drop for Watched {
     fn drop(&mut self) {
         // It may be gone already; then there is nothing to end.
