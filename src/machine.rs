@@ -17,7 +17,7 @@ use vmm_migration::plan::{CpuNeeds, SectionId};
 use vmm_migration::state::{RestoreError, SaveError, Saved, Section};
 
 use crate::arch::clock::{ClockPart, Downtime};
-use crate::arch::{self, boot, boot_regs, cpuid, layout, msr, tables};
+use crate::arch::{self, boot, boot_regs, cpuid, layout, msr, tables, vmclock};
 use crate::backend::disk::Locking;
 use crate::config::Config;
 use crate::console::Console;
@@ -283,10 +283,11 @@ impl Machine {
                 None => Err(RestoreMachineError::Missing { kind, instance }),
             }
         })?;
-        match by_part.into_keys().next() {
-            None => Ok(()),
-            Some((kind, instance)) => Err(RestoreMachineError::Unknown { kind, instance }),
+        if let Some((kind, instance)) = by_part.into_keys().next() {
+            return Err(RestoreMachineError::Unknown { kind, instance });
         }
+        vmclock::disrupted(self.core.memory.ram());
+        Ok(())
     }
 
     /// Every stateful part by name, with the newest version that it reads and writes.

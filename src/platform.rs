@@ -79,7 +79,8 @@ impl Platform {
     /// What the ACPI tables tell the guest.
     pub(crate) fn description(&self, cpus: u32) -> tables::Description<'_> {
         let vmgenid_address = Some(layout::VMGENID_PAGE.0);
-        tables::Description { cpus, virtio: &self.virtio, vmgenid_address }
+        let vmclock_address = Some(layout::VMCLOCK_PAGE.0);
+        tables::Description { cpus, virtio: &self.virtio, vmgenid_address, vmclock_address }
     }
 }
 

@@ -16,6 +16,7 @@ use crate::api::server::Server;
 use crate::api::socket::SocketError;
 use crate::arch::boot::{self, BootError};
 use crate::arch::clock::Downtime;
+use crate::arch::vmclock;
 use crate::backend::disk::Locking;
 use crate::console::{Console, ConsoleError};
 use crate::machine::{Machine, MachineError, Origin, RestoreMachineError};
@@ -158,6 +159,7 @@ pub fn restore(
 /// own, and hears of it as soon as it runs.
 fn tell_of_copy(machine: &mut Machine) -> Result<(), BootError> {
     boot::renew_generation(machine.core.memory.ram())?;
+    vmclock::copied(machine.core.memory.ram());
     let told = machine.buses.pio.with_as(machine.core.platform.power, Power::generation_changed);
     told.expect("the slot is the power device's");
     Ok(())

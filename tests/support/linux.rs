@@ -16,8 +16,7 @@ use std::time::{Duration, Instant};
 pub const LONG: Duration = Duration::from_secs(240);
 
 /// Lines, as a pattern of grep -iE, that a guest's kernel has no reason to log once it has booted.
-pub const BAD_LOG: &str =
-    "lockup|stall|unstable|hung|blocked for more|call trace|BUG:|WARNING:|I/O error|skew|backwards";
+pub const BAD_LOG: &str = "lockup|stall|unstable|hung|blocked for more|call trace|BUG:|WARNING:|I/O error|skewed|skew is|backwards";
 
 /// What every guest tells of itself; see [`Ended::check_basics`].
 const BASICS: &str = r#"

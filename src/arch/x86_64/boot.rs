@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_devices::{GuestRam, power};
 
 use super::boot_regs::{BootRegs, Mode, write_gdt, write_page_tables};
-use super::layout;
+use super::{layout, vmclock};
 use crate::kernel::{Entry, Loaded, SetupHeader};
 
 /// `boot_flag` of a setup header.
@@ -112,6 +112,7 @@ pub fn prepare(inputs: BootInputs<'_>) -> Result<BootRegs, BootError> {
     let reset = ram.write_slice(&reset_code(), layout::RESET_VECTOR);
     reset.map_err(|_| BootError::Memory("the reset vector"))?;
     renew_generation(ram)?;
+    vmclock::write(ram).map_err(|_| BootError::Memory("the VMClock's page"))?;
     match kernel.entry {
         Entry::Linux64 { entry, .. } => {
             write_boot_params(ram, header, initrd, rsdp)?;

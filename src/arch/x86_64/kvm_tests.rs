@@ -80,7 +80,8 @@ fn boot(kvm: &Kvm, entry: Entry, code: &[u8]) -> Vec<u8> {
     let memory = Memory::new(&ranges, Backing::Fresh { hugepages: false }).unwrap();
     memory.register(&vm.vm, false).unwrap();
     memory.ram().write_slice(code, GuestAddress(AT)).unwrap();
-    let description = tables::Description { cpus: 1, virtio: &[], vmgenid_address: None };
+    let description =
+        tables::Description { cpus: 1, virtio: &[], vmgenid_address: None, vmclock_address: None };
     let rsdp = tables::build(memory.ram(), &description).unwrap();
     let kernel = Loaded { entry, end: AT + 4096, init_size: 4096 };
     let inputs =

@@ -67,6 +67,10 @@ pub const CMDLINE_ROOM: usize = 0x1_0000;
 pub const CMDLINE_BYTES_MAX: usize = 2047;
 /// End of conventional memory; from here to [`HIMEM`] a PC keeps its firmware and video memory.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// The page of the `VMClock`, in memory that the guest's kernel leaves alone.
+pub const VMCLOCK_PAGE: GuestAddress = GuestAddress(0xd_f000);
+/// Length of that page, in bytes.
+pub const VMCLOCK_PAGE_LEN: u32 = 0x1000;
 /// The ACPI tables: the RSDP first, where a scan for it looks too.
 pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 /// End of the room for the ACPI tables.
@@ -105,6 +109,8 @@ pub fn virtio_gsi(index: u32) -> Option<u32> {
 
 const _: () = assert!(VIRTIO_GSI_FIRST + VIRTIO_SLOTS_MAX == IOAPIC_PINS);
 const _: () = assert!(CMDLINE.0 + (CMDLINE_ROOM as u64) <= LOW_MEMORY_END);
+const _: () = assert!(VMCLOCK_PAGE.0 >= LOW_MEMORY_END);
+const _: () = assert!(VMCLOCK_PAGE.0 + (VMCLOCK_PAGE_LEN as u64) <= ACPI.0);
 const _: () = assert!(VMGENID_PAGE.0 + (VMGENID_LEN as u64) <= RESET_VECTOR.0);
 const _: () = assert!(PAGE_TABLES.0 + 6 * 0x1000 <= CMDLINE.0);
 

@@ -22,6 +22,7 @@ mod pvclock;
 pub mod tables;
 pub(crate) mod vcpu_ioctl;
 pub mod vcpu_state;
+pub mod vmclock;
 
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PMU_CAP_DISABLE,

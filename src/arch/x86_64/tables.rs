@@ -2,7 +2,7 @@
 //! that has no firmware (ACPI 6.5, hardware-reduced).
 //!
 //! RSDP, XSDT, FADT, MADT, and a DSDT with COM1, the virtio-mmio devices, the generic event device with
-//! the power button, and the VM generation id. They say as plainly as they can what isn't there (RTC,
+//! the power button, the VM generation id and the `VMClock`. They say as plainly as they can what isn't there (RTC,
 //! VGA, keyboard controller, PIC), since a kernel that is left to find out spends its time probing.
 
 use acpi_tables::aml::{
@@ -45,6 +45,8 @@ pub struct Description<'a> {
     pub virtio: &'a [(u64, u32)],
     /// Address of the VM generation id, if there is one.
     pub vmgenid_address: Option<u64>,
+    /// Address of the page of the `VMClock`, if there is one.
+    pub vmclock_address: Option<u64>,
 }
 
 /// Why the tables can't be written.
@@ -176,6 +178,9 @@ fn dsdt(d: &Description<'_>) -> Result<Dsdt, TablesError> {
     if let Some(address) = d.vmgenid_address {
         devices.extend(vmgenid(address)?);
     }
+    if let Some(address) = d.vmclock_address {
+        devices.extend(vmclock(address)?);
+    }
     devices.extend(event_device(d.vmgenid_address.is_some()));
     for (slot, &(base, gsi)) in d.virtio.iter().enumerate() {
         devices.extend(virtio(slot, base, gsi)?);
@@ -229,6 +234,22 @@ fn vmgenid(address: u64) -> Result<Vec<u8>, TablesError> {
             &Name::new("_DDN".into(), &"VM_Gen_Counter"),
             &Name::new("_UID".into(), &ZERO),
             &Name::new("ADDR".into(), &Package::new(vec![&low, &high])),
+        ],
+    )))
+}
+
+/// The UAPI group's `VMClock`: where its page is.
+fn vmclock(address: u64) -> Result<Vec<u8>, TablesError> {
+    let base = u32::try_from(address).map_err(|_| TablesError::Range(address))?;
+    let page = Memory32Fixed::new(false, base, layout::VMCLOCK_PAGE_LEN);
+    Ok(bytes(&Device::new(
+        "VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
         ],
     )))
 }

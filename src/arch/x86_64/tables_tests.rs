@@ -5,6 +5,9 @@ use vm_memory::GuestAddress;
 
 use super::*;
 
+const BARE: Description<'_> =
+    Description { cpus: 1, virtio: &[], vmgenid_address: None, vmclock_address: None };
+
 fn ram() -> GuestRam {
     GuestRam::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap()
 }
@@ -67,7 +70,9 @@ fn everything_is_described() {
     let ram = ram();
     let virtio = slots(layout::VIRTIO_SLOTS_MAX);
     let vmgenid_address = Some(layout::VMGENID_PAGE.0);
-    let rsdp = build(&ram, &Description { cpus: 4, virtio: &virtio, vmgenid_address }).unwrap();
+    let vmclock_address = Some(layout::VMCLOCK_PAGE.0);
+    let d = Description { cpus: 4, virtio: &virtio, vmgenid_address, vmclock_address };
+    let rsdp = build(&ram, &d).unwrap();
     assert_eq!(rsdp, layout::ACPI.0);
     let (_, madt, dsdt) = tables(&ram, rsdp);
     assert_eq!(u32_at(&madt, 36), 0xfee0_0000);
@@ -78,7 +83,18 @@ fn everything_is_described() {
     }
     assert_eq!(madt[76..], [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
     assert_eq!(count(&dsdt, b"LNRO0005"), 18);
-    for name in ["V000", "V011", "COM1", "GED_", "VGEN", "_S5_", "ACPI0013", "VM_Gen_Counter"] {
+    for name in [
+        "V000",
+        "V011",
+        "COM1",
+        "GED_",
+        "VGEN",
+        "VCLK",
+        "AMZNC10C",
+        "_S5_",
+        "ACPI0013",
+        "VM_Gen_Counter",
+    ] {
         assert!(count(&dsdt, name.as_bytes()) >= 1, "{name}");
     }
     for (base, gsi) in virtio {
@@ -93,7 +109,7 @@ fn everything_is_described() {
 #[test]
 fn the_fadt_tells_how_to_sleep_and_reset_and_what_is_missing() {
     let ram = ram();
-    let d = Description { cpus: 1, virtio: &[], vmgenid_address: None };
+    let d = BARE;
     let rsdp = build(&ram, &d).unwrap();
     let (fadt, _, dsdt) = tables(&ram, rsdp);
     assert_eq!(fadt.len(), 276);
@@ -112,7 +128,12 @@ fn the_fadt_tells_how_to_sleep_and_reset_and_what_is_missing() {
 #[test]
 fn as_many_cpus_as_fit() {
     let ram = ram();
-    let most = Description { cpus: 255, virtio: &slots(18), vmgenid_address: Some(1 << 33) };
+    let most = Description {
+        cpus: 255,
+        virtio: &slots(18),
+        vmgenid_address: Some(1 << 33),
+        vmclock_address: Some(0xd_f000),
+    };
     let rsdp = build(&ram, &most).unwrap();
     let (_, madt, _) = tables(&ram, rsdp);
     assert_eq!(madt.len(), 44 + 255 * 8 + 12);
@@ -123,7 +144,7 @@ fn as_many_cpus_as_fit() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let small = GuestRam::from_ranges(&[(GuestAddress(0), 0x9000)]).unwrap();
-    let d = Description { cpus: 1, virtio: &[], vmgenid_address: None };
+    let d = BARE;
     assert!(matches!(build(&small, &d), Err(TablesError::Memory)));
     let far = Description { virtio: &[(1 << 32, 6)], ..d };
     assert!(matches!(build(&ram(), &far), Err(TablesError::Range(0x1_0000_0000))));
