@@ -66,6 +66,12 @@ fn a_disk_that_is_full() {
     }
 }
 
+/// Whether there is a directory with memory in it, which is locked from before it has a length.
+fn is_written_in(place: &Path) -> bool {
+    let memory = names(place).pop().map(|partial| partial.join("memory"));
+    memory.is_some_and(|file| fs::metadata(file).is_ok_and(|memory| memory.len() > 0))
+}
+
 /// A VM that was stopped while it writes this snapshot, and the command that waits for it.
 fn caught_at(dir: &Path) -> (Vm, Child) {
     let mut vm = Vm::start(dirtier(), &[]);
@@ -77,10 +83,10 @@ fn caught_at(dir: &Path) -> (Vm, Child) {
         command.arg("snapshot").arg(vm.place.path("vm.sock")).arg(dir).env_remove("VMM_LOG");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut client = command.spawn().unwrap();
-        while names(place).is_empty() && client.try_wait().unwrap().is_none() {}
+        while !is_written_in(place) && client.try_wait().unwrap().is_none() {}
         vm.signal(Signal::STOP);
         until("stands", || fs::read_to_string(&stat).unwrap().contains(") T "));
-        if !dir.exists() && names(place).len() == 1 {
+        if !dir.exists() && is_written_in(place) {
             return (vm, client);
         }
         // It was quicker than we were.
