@@ -47,8 +47,11 @@ fn move_watched(trip: &mut Trip, stay: usize, link: Link, typed: &mut Vec<Moment
     }
     let mut client = trip.start_move(&uri, &["--downtime-limit", "3s"]);
     while client.try_wait().unwrap().is_none() {
-        type_line(trip, typed);
-        sleep(Duration::from_millis(50));
+        // What waits to be read would be answered late, and say less.
+        if trip.has_heard() {
+            type_line(trip, typed);
+        }
+        sleep(Duration::from_millis(20));
     }
     trip.arrive(client, &uri);
     for _ in 0..LINES_BESIDE {

@@ -184,11 +184,15 @@ impl Trip {
         self.typed += 1;
     }
 
-    /// Waits until the guest has heard all that was typed.
+    /// Whether the guest has heard all that was typed.
+    pub fn has_heard(&self) -> bool {
+        self.console().contains(&format!("\nheard {} at ", self.typed - 1))
+    }
+
+    /// Waits for that.
     #[track_caller]
     pub fn hears(&mut self) {
-        let last = format!("\nheard {} at ", self.typed - 1);
-        self.until("the guest hears what was typed", |trip| trip.console().contains(&last));
+        self.until("the guest hears what was typed", Self::has_heard);
     }
 
     /// Runs `vmm COMMAND` for the process that has the guest.
