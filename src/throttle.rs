@@ -1,6 +1,6 @@
 //! Throttling: keeps vCPUs off for a share of their time, so that a migration converges.
 //!
-//! A ticker kicks every throttled vCPU once a period; the vCPU's own thread then sleeps for its share.
+//! A ticker kicks each throttled vCPU once in its period; the vCPU's own thread then sleeps for its share.
 //! It is the same kick that stops a machine, and the same rule: a vCPU leaves `KVM_RUN` by EINTR only.
 
 use std::io;
@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use crate::kick;
 
-/// A throttled vCPU runs and sleeps once in each of these.
+/// A throttled vCPU runs and sleeps once in each of these; in a longer one where its run would be shorter than [`RUN_MIN`].
 const PERIOD: Duration = Duration::from_millis(20);
+/// What a vCPU runs for between two sleeps: less could be lost in waking up, and it would never come to run.
+const RUN_MIN: Duration = Duration::from_millis(1);
 /// Strongest throttle, in percent: a guest that never runs would never come to an end.
 pub const PERCENT_MAX: u8 = 99;
 
@@ -46,13 +48,15 @@ impl VcpuOrders {
         self.throttle_percent.store(percent.min(PERCENT_MAX), Ordering::Relaxed);
     }
 
-    fn is_throttled(&self) -> bool {
-        self.throttle_percent.load(Ordering::Relaxed) > 0
+    /// By how many percent, at most [`PERCENT_MAX`]; 0: it isn't throttled.
+    fn percent(&self) -> u32 {
+        u32::from(self.throttle_percent.load(Ordering::Relaxed))
     }
 
     /// Called by the vCPU's thread after a kick: sleeps for its share of a period. A stop wakes it.
     pub fn sleep_share(&self) {
-        let share = PERIOD * u32::from(self.throttle_percent.load(Ordering::Relaxed)) / 100;
+        let percent = self.percent();
+        let share = period(percent) * percent / 100;
         let end = Instant::now() + share;
         while !self.is_stopping() {
             let left = end.saturating_duration_since(Instant::now());
@@ -62,6 +66,11 @@ impl VcpuOrders {
             std::thread::park_timeout(left);
         }
     }
+}
+
+/// How often a vCPU runs and sleeps that is throttled by so many percent.
+fn period(percent: u32) -> Duration {
+    PERIOD.max(RUN_MIN * 100 / (100 - percent))
 }
 
 /// The thread that kicks throttled vCPUs. Dropping it ends and joins the thread.
@@ -78,11 +87,22 @@ impl Ticker {
         let end = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&end);
         let thread = std::thread::Builder::new().name("throttle".to_owned()).spawn(move || {
+            let mut kicked: Vec<Option<Instant>> = vec![None; vcpus.len()];
             while !ended.load(Ordering::Acquire) {
-                for (thread, _) in vcpus.iter().filter(|(_, orders)| orders.is_throttled()) {
-                    thread.kick();
+                let mut wait = PERIOD;
+                for ((thread, orders), kicked) in vcpus.iter().zip(&mut kicked) {
+                    let period = match orders.percent() {
+                        0 => continue,
+                        percent => period(percent),
+                    };
+                    let left = kicked.map(|at| period.saturating_sub(at.elapsed()));
+                    wait = wait.min(left.filter(|left| !left.is_zero()).unwrap_or(period));
+                    if left.is_none_or(|left| left.is_zero()) {
+                        *kicked = Some(Instant::now());
+                        thread.kick();
+                    }
                 }
-                std::thread::park_timeout(PERIOD);
+                std::thread::park_timeout(wait);
             }
         })?;
         Ok(Self { end, thread: Some(thread) })
@@ -96,5 +116,21 @@ impl Drop for Ticker {
             thread.thread().unpark();
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_throttle_leaves_time_to_run_and_keeps_its_share() {
+        for percent in 1..=u32::from(PERCENT_MAX) {
+            let period = period(percent);
+            let run = period - period * percent / 100;
+            assert!(run >= RUN_MIN, "{percent} %: {run:?}");
+            assert!((PERIOD..=Duration::from_millis(100)).contains(&period), "{percent} %");
+        }
+        assert_eq!(period(50), PERIOD);
     }
 }
