@@ -205,14 +205,18 @@ fn a_guest_that_is_given_up_has_not_moved() {
     let mut source = Vm::start(Guest::counter(), &["--disk", disk.to_str().unwrap()]);
     source.wait_until_up();
     let thief = std::fs::File::options().write(true).open(&disk).unwrap();
-    let (_destination, uri) = Vm::listen(&["--serial", "null"]);
-    let waits = std::thread::spawn(move || {
+    let (destination, _) = Vm::listen(&["--serial", "null"]);
+    let (keeps, kept) = std::sync::mpsc::channel();
+    // By now the source has let go of it, and the destination takes it at this word only.
+    let steal = move || {
         fcntl_lock(&thief, FlockOperation::LockExclusive).unwrap();
-        thief
-    });
-    let client = source.start_move(&uri, &EASY);
+        keeps.send(thief).unwrap();
+    };
+    let point = Point { kind: COMMIT, after: None, delivered: false };
+    let relay = Relay::watching(&destination.place.path("move.sock"), point, steal);
+    let client = source.start_move(&relay.uri(), &EASY);
+    let _thief = kept.recv().unwrap();
     until("stands", || source.info()["state"] == "in-doubt");
-    let _thief = waits.join().unwrap();
     assert!(source.info()["message"].as_str().unwrap().contains("can't go on yet"));
     source.tell(&["migrate", "--resolve", "discard"]);
     check_failed(client, "the guest was discarded here");

@@ -15,7 +15,7 @@ usage: vmm cpu
 
 Prints a CPU model as JSON: the features that this host's CPU and KVM offer a guest, or with --common those
 that the models in files A, B and so on all have. A VM that runs with such a model (vmm run --cpu-model FILE)
-can move between all of these hosts.
+can move between all of these hosts, if they are of one vendor and their TSCs run alike or scale.
 
 example: vmm cpu > a.json           (on each host)
          vmm cpu --common a.json b.json > common.json

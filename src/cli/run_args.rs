@@ -43,7 +43,7 @@ Boots a VM and stays with it until it ends. On a terminal, the guest's console i
                       what the guest's orderly reboot does: end the VM (default), or boot it again
   --hugepages         take the RAM from 2 MiB huge pages (SIZE is then a multiple of 2M)
   --cpu-model host|x86-64-v2|x86-64-v3|FILE
-                      what CPU the guest sees (default host); the levels and a FILE move between unlike hosts
+                      what CPU the guest sees (default host); the levels and a FILE move between unlike hosts of one vendor
 
 exit status: 0 the guest powered off, rebooted with --on-reboot exit, or was stopped; 1 the VMM failed;
 2 wrong usage; 3 the guest failed: a triple fault, or a reset without an orderly shutdown (a panic with panic=)
