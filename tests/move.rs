@@ -66,6 +66,9 @@ fn through_a_command() {
     assert_eq!(answer.status, Some(0), "{answer:?}");
     let report: serde_json::Value = serde_json::from_str(&answer.out).unwrap();
     assert!(report["downtime"]["total_us"].as_u64() > Some(0), "{report}");
+    // Of its 64 MiB it has touched a few pages, in whole huge ones where there are any.
+    let first_round = report["rounds"][0]["pages"].as_u64().unwrap();
+    assert!((1..16384 / 4).contains(&first_round), "{report}");
     for line in answer.err.lines() {
         let progress: serde_json::Value = serde_json::from_str(line).unwrap();
         assert!(progress["stage"].is_string(), "{line}");
