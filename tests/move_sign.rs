@@ -5,9 +5,9 @@ mod support;
 
 use serde_json::Value;
 use support::guests::Guest;
-use support::moves::{Count, EASY};
+use support::moves::{Count, EASY, until};
 use support::relay::{Point, Relay};
-use support::vm::{Vm, has_kvm};
+use support::vm::{Place, Vm, has_kvm};
 use vmm_migration::wire::record;
 
 /// The downtime in a moved guest's report.
@@ -72,9 +72,21 @@ fn a_guest_whose_output_flows_gives_a_last_one_too() {
     if !has_kvm() {
         return;
     }
-    let source = Vm::start(Guest::counter(), &["--serial", "null"]);
-    let (mut destination, uri) = Vm::listen(&["--serial", "null"]);
-    let answer = source.start_move(&uri, &["--json", EASY[0], EASY[1]]).wait();
+    let place = Place::new();
+    let console = place.path("console");
+    let serial = format!("file:{}", console.display());
+    let source = Vm::start(Guest::counter(), &["--serial", &serial]);
+    source.wait_until_up();
+    let (mut destination, _) = Vm::listen(&["--serial", "null"]);
+    // It prints while its memory goes over, however busy this machine is: by more than may lie here unwritten.
+    let printed = move || std::fs::metadata(&console).map_or(0, |file| file.len());
+    let prints = move || {
+        let before = printed();
+        until("prints", || printed() > before + (32 << 10));
+    };
+    let point = Point { kind: record::ROUND_END, after: None, delivered: false };
+    let relay = Relay::watching(&destination.place.path("move.sock"), point, prints);
+    let answer = source.start_move(&relay.uri(), &["--json", EASY[0], EASY[1]]).wait();
     assert_eq!(answer.status, Some(0), "{answer:?}");
     let downtime = downtime(&answer.out);
     let us = |part: &str| downtime[part].as_u64().unwrap_or_else(|| panic!("{part}: {downtime}"));
