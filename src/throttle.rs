@@ -87,20 +87,19 @@ impl Ticker {
         let end = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&end);
         let thread = std::thread::Builder::new().name("throttle".to_owned()).spawn(move || {
-            let mut kicked: Vec<Option<Instant>> = vec![None; vcpus.len()];
+            let mut due = vec![Instant::now(); vcpus.len()];
             while !ended.load(Ordering::Acquire) {
-                let mut wait = PERIOD;
-                for ((thread, orders), kicked) in vcpus.iter().zip(&mut kicked) {
-                    let period = match orders.percent() {
-                        0 => continue,
-                        percent => period(percent),
-                    };
-                    let left = kicked.map(|at| period.saturating_sub(at.elapsed()));
-                    wait = wait.min(left.filter(|left| !left.is_zero()).unwrap_or(period));
-                    if left.is_none_or(|left| left.is_zero()) {
-                        *kicked = Some(Instant::now());
+                let (now, mut wait) = (Instant::now(), PERIOD);
+                for ((thread, orders), due) in vcpus.iter().zip(&mut due) {
+                    let percent = orders.percent();
+                    if percent == 0 {
+                        continue;
+                    }
+                    if *due <= now {
+                        *due = now + period(percent);
                         thread.kick();
                     }
+                    wait = wait.min(*due - now);
                 }
                 std::thread::park_timeout(wait);
             }
