@@ -11,6 +11,7 @@ pub mod console;
 pub mod control;
 pub mod dirty;
 pub mod doubt;
+pub mod downtime;
 pub mod event;
 pub mod io_thread;
 pub mod irq;

@@ -16,11 +16,12 @@ use vmm_devices::bus::BusDevice;
 use vmm_migration::plan::{CpuNeeds, SectionId};
 use vmm_migration::state::{RestoreError, SaveError, Saved, Section};
 
-use crate::arch::clock::{ClockPart, Downtime};
+use crate::arch::clock::ClockPart;
 use crate::arch::{self, boot, boot_regs, cpuid, layout, msr, tables, vmclock};
 use crate::backend::disk::Locking;
 use crate::config::Config;
 use crate::console::Console;
+use crate::downtime::Downtime;
 use crate::event::Event;
 use crate::io_thread::IoThread;
 use crate::memory::{Backing, Memory, MemoryError};

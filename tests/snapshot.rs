@@ -13,8 +13,8 @@ use std::time::Duration;
 use serde_json::Value;
 use support::guests::Guest;
 use support::vm::{LONG, Vm, binary, has_kvm};
-use vmm::arch::clock::Downtime;
 use vmm::config::SerialTarget;
+use vmm::downtime::Downtime;
 use vmm::migrate::arriving::{LocalHost, Overrides};
 use vmm::migrate::restoring::{self, Load};
 

@@ -11,7 +11,7 @@ use vmm_migration::chunk::Builder;
 use vmm_migration::destination::{self, Opening};
 use vmm_migration::guest::{
     Active, Changes, Example, Failed, GuestError, Halted, Host, Live, Locks, Memory, Reserved,
-    Vacant,
+    Since, Vacant,
 };
 use vmm_migration::message::Reads;
 use vmm_migration::pages::{PAGE_SIZE, PageSet, Run};
@@ -143,7 +143,11 @@ impl Vacant for Still {
         Vec::new()
     }
 
-    fn try_restore(&mut self, _example: &[Section]) -> Result<Vec<String>, Vec<String>> {
+    fn try_restore(
+        &mut self,
+        _example: &[Section],
+        _saved: Since,
+    ) -> Result<Vec<String>, Vec<String>> {
         Ok(Vec::new())
     }
 
@@ -156,7 +160,7 @@ impl Vacant for Still {
         Ok(())
     }
 
-    fn restore(&mut self, _sections: &[Section]) -> Result<(), Vec<String>> {
+    fn restore(&mut self, _sections: &[Section], _saved: Since) -> Result<(), Vec<String>> {
         Ok(())
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::channel::{Channel, ChannelError, Flow, Incoming, Wait};
 use crate::chunk::Encoding;
 use crate::error::MigrateError;
-use crate::guest::{Host, Reserved, Vacant};
+use crate::guest::{Host, Reserved, Since, Vacant};
 use crate::message::{self, Accepted, HelloReply, Message, Reads, Reasons, Reserve, Resolve};
 use crate::plan::{MigrationId, Plan, SECTIONS_MAX};
 use crate::report::{Observer, Progress, Stage, micros};
@@ -81,6 +81,8 @@ pub(crate) struct Common {
     pub(crate) id: MigrationId,
     pub(crate) progress: Progress,
     pub(crate) started: Duration,
+    /// When the last message was begun that the source awaits before it goes on.
+    pub(crate) asked: Duration,
 }
 
 /// A migration that won't happen here. The vacant guest is gone.
@@ -156,7 +158,7 @@ pub fn accept(
     let started = channel.now();
     let id = MigrationId([0; 16]);
     let progress = Progress::default();
-    let mut common = Box::new(Common { channel, options, id, progress, started });
+    let mut common = Box::new(Common { channel, options, id, progress, started, asked: started });
     let limit = common.options.hello;
     let opening = common.exchange(observer, |channel, wait| {
         let mut poll = || wait.ask();
@@ -209,6 +211,7 @@ impl Common {
         let software = self.options.software.clone();
         let reply = HelloReply { protocol, encodings: Encoding::KNOWN, software };
         self.channel.put(&Message::Reads(self.options.reads.clone()));
+        self.asked = self.channel.now();
         let sent = self
             .exchange(observer, |channel, wait| channel.send(&Message::HelloReply(reply), wait));
         match sent {
@@ -281,6 +284,7 @@ impl Destination<Greeted> {
         let common = &mut self.common;
         let (reserve, lock_mark) = common.reserve_message(observer)?;
         let example = common.sections(reserve.example_sections, observer)?;
+        let came = common.channel.now();
         let faults = reserve.plan.faults();
         if !faults.is_empty() {
             return Err(common.refuse(faults));
@@ -293,16 +297,19 @@ impl Destination<Greeted> {
         }
         let mut trial_restore_us = None;
         if !example.is_empty() {
-            let told = guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            let told = guest.try_restore(&example, common.saved_since(came));
+            let told = told.map_err(|reasons| common.refuse(reasons))?;
             warnings.extend(told);
             // The one that counts will not be the first either: it is the second that is timed.
             let start = common.channel.now();
-            guest.try_restore(&example).map_err(|reasons| common.refuse(reasons))?;
+            let again = guest.try_restore(&example, common.saved_since(came));
+            again.map_err(|reasons| common.refuse(reasons))?;
             trial_restore_us = Some(micros(common.channel.now() - start));
         }
         common.progress.pages_total = reserve.plan.ram().map_or(0, crate::plan::Space::pages);
         let Reasons { reasons: warnings } = Reasons::new(warnings);
         let accepted = Message::Accepted(Accepted { trial_restore_us, locks_seen, warnings });
+        common.asked = common.channel.now();
         let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
         sent.map_err(|error| common.give_up(error))?;
         let stage = Prepared { guest, plan: reserve.plan, dry_run: reserve.dry_run };
@@ -349,6 +356,13 @@ impl Common {
             sections.push(section);
         }
         Ok(sections)
+    }
+
+    /// How long ago the source saved what was here at `came`: it did so after it had read the last message that it
+    /// awaits.
+    pub(crate) fn saved_since(&self, came: Duration) -> Since {
+        let now = self.channel.now();
+        Since { at_least: now.saturating_sub(came), at_most: now.saturating_sub(self.asked) }
     }
 
     /// The next record.

@@ -259,11 +259,16 @@ pub trait Vacant: Sized {
     fn parts(&self) -> Vec<SectionId>;
 
     /// Restores the example into the guest to find out whether it can be; [`Vacant::restore`] follows
-    /// later on the same guest, over it. Gives what doesn't stand in the way but should be known.
+    /// later on the same guest, over it. Gives what doesn't stand in the way but should be known. `saved`: the
+    /// example, at the source.
     ///
     /// # Errors
     /// Why it can't be, one line for each part.
-    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>>;
+    fn try_restore(
+        &mut self,
+        example: &[Section],
+        saved: Since,
+    ) -> Result<Vec<String>, Vec<String>>;
 
     /// The memory of the run, to be written. Nothing else touches the guest's memory meanwhile.
     ///
@@ -281,11 +286,12 @@ pub trait Vacant: Sized {
     /// such as mappings of the pages. It doesn't keep the source waiting.
     fn round_ended(&mut self) {}
 
-    /// Restores every section. The list is exactly the plan's: none missing, doubled or unknown.
+    /// Restores every section. The list is exactly the plan's: none missing, doubled or unknown. `saved`: they, at
+    /// the source; by it the guest's time goes on where the two hosts' real times differ.
     ///
     /// # Errors
     /// Why it can't be, one line for each part; the migration is aborted.
-    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>>;
+    fn restore(&mut self, sections: &[Section], saved: Since) -> Result<(), Vec<String>>;
 
     /// Takes the disk locks, *then* marks the writable disks as changed (`futimens`), and only then
     /// lets the vCPUs run (or leaves them, if `paused`). The lock makes sure that no other copy
@@ -296,6 +302,16 @@ pub trait Vacant: Sized {
     /// The guest never ran: no vCPU entered it, no disk was marked or written, no lock is held. It is
     /// gone; the source resumes its own.
     fn activate(self, paused: bool) -> Result<Active<Self::Running>, GuestError>;
+}
+
+/// How long ago something was done at the other end, as this end's own clock bounds it: after a message of this end that the
+/// other had to read first, and before the message that told of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Since {
+    /// The time since what told of it was here.
+    pub at_least: Duration,
+    /// The time since the last message that the other end awaited was sent.
+    pub at_most: Duration,
 }
 
 /// Tells of an activated guest's first sign: its first output, which an observer beyond it may see.

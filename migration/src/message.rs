@@ -168,8 +168,17 @@ pub struct Commit {
 pub struct Activated {
     /// From `Commit` read to the vCPUs running, disk locks included, in microseconds.
     pub activate_us: u64,
-    /// The longest gap that the guest saw, in microseconds, where the destination can tell.
+    /// How far the guest's clock went on from the save of its state to its first run, in microseconds, where the
+    /// destination can tell.
     pub guest_stall_us: Option<u64>,
+}
+
+impl Activated {
+    /// How far it went on in all, of a guest that had stood for so long when its state was saved.
+    #[must_use]
+    pub fn guest_stall(&self, before_save_us: u64) -> Option<u64> {
+        Some(self.guest_stall_us?.saturating_add(before_save_us))
+    }
 }
 
 /// The guest gave its first sign at the destination. Optional, after `Done`; nothing hangs on it.

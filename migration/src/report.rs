@@ -216,7 +216,7 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// The downtime, if the guest moved.
     pub downtime: Option<Downtime>,
-    /// The longest gap that the guest itself saw, where measured.
+    /// By how much the guest's own clock went on while none of its vCPUs ran, where measured.
     pub guest_stall_us: Option<u64>,
     /// What was expected: before the first page (`--dry-run`) or at the end of the first round.
     pub forecast: Option<Forecast>,

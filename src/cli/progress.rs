@@ -104,7 +104,8 @@ pub fn report(r: &Value) -> String {
     }
     text.push_str(&downtime(&r["downtime"]));
     if let Some(stall) = r["guest_stall_us"].as_u64() {
-        let _ = writeln!(text, "the guest's own clock saw a gap of {}", milliseconds(stall));
+        let _ =
+            writeln!(text, "by the guest's own clock its vCPUs stood for {}", milliseconds(stall));
     }
     text.push_str(&forecast_beside(r));
     text.push_str(&warnings(r));

@@ -13,7 +13,7 @@ use super::units::format_measured;
 use super::{Outcome, print, print_json};
 use crate::api::client::Client;
 use crate::api::socket;
-use crate::arch::clock::Downtime;
+use crate::downtime::Downtime;
 use crate::event::{Event, Request, SnapshotRequest};
 use crate::migrate::arriving::{LocalHost, Overrides};
 use crate::migrate::restoring::{self, Load};

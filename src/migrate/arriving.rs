@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::slice;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_devices::virtio::announce::announce_frames;
-use vmm_migration::guest::{Active, GuestError, Host, Reserved, SignWatch, Vacant};
+use vmm_migration::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use vmm_migration::pages::Run;
 use vmm_migration::plan::{Plan, SectionId};
 use vmm_migration::state::Section;
@@ -18,12 +18,13 @@ use super::fitting::{self, Locks};
 use super::mapping::Mapping;
 use crate::api::server::Server;
 use crate::api::socket::{self, ControlSocket, SocketError};
-use crate::arch::clock::Downtime;
+use crate::arch::clock;
 use crate::backend::disk::{DiskError, DiskHandle, Locking};
 use crate::backend::tap::TapHandle;
 use crate::chain::chain;
 use crate::config::{Config, OnReboot, SerialTarget};
 use crate::console::Console;
+use crate::downtime::Downtime;
 use crate::event::Event;
 use crate::machine::{Machine, Origin};
 use crate::memory::Backing;
@@ -216,9 +217,17 @@ impl Vacant for VacantGuest {
         self.machine.core.parts.clone()
     }
 
-    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
-        self.restore(example)?;
-        Ok(cpu::spared(&self.machine).into_iter().collect())
+    fn try_restore(
+        &mut self,
+        example: &[Section],
+        saved: Since,
+    ) -> Result<Vec<String>, Vec<String>> {
+        let warning = clock::saved_among(example).and_then(|state| {
+            let (realtime_ns, now) = (clock::realtime_now(), Instant::now());
+            Downtime::since(saved).warning(state.realtime_ns, realtime_ns, now)
+        });
+        self.restore(example, saved)?;
+        Ok(cpu::spared(&self.machine).into_iter().chain(warning).collect())
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
@@ -245,10 +254,11 @@ impl Vacant for VacantGuest {
         }
     }
 
-    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
+    fn restore(&mut self, sections: &[Section], saved: Since) -> Result<(), Vec<String>> {
+        let downtime = Downtime::since(saved);
         self.mapping = None;
-        self.machine.restore(sections.to_vec(), Downtime::Passes).map_err(one_line)?;
-        self.saved_clock_ns = sections.iter().find_map(crate::arch::clock::saved_kvmclock_ns);
+        self.machine.restore(sections.to_vec(), downtime).map_err(one_line)?;
+        self.saved_clock_ns = clock::saved_among(sections).map(|state| state.kvmclock_ns);
         Ok(())
     }
 

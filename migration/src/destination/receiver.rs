@@ -85,6 +85,7 @@ impl Common {
                 Ok(Incoming::Message(Message::RoundEnd(end))) => {
                     self.progress.round = end.round.saturating_add(1);
                     memory.guest.round_ended();
+                    self.asked = self.channel.now();
                     Message::RoundAck(RoundAck { round: end.round })
                 }
                 Ok(Incoming::Message(Message::StopAndCopy(stop))) => return Ok(stop),
@@ -167,13 +168,15 @@ impl<V: Vacant> Destination<Copied<V>> {
         common.progress.pages_left = stop.pages;
         let start = common.channel.now();
         let (sections, end) = common.last_burst(&mut memory, observer)?;
-        let receive_us = micros(common.channel.now() - start);
+        let came = common.channel.now();
+        let receive_us = micros(came - start);
         let reasons = mismatch(&memory.plan, &sections);
         if !reasons.is_empty() {
             return Err(common.failed(reasons));
         }
         let start = common.channel.now();
-        memory.guest.restore(&sections).map_err(|reasons| common.failed(reasons))?;
+        let restored = memory.guest.restore(&sections, common.saved_since(came));
+        restored.map_err(|reasons| common.failed(reasons))?;
         let restore_us = micros(common.channel.now() - start);
         let ready = Message::Ready(Ready { receive_us, restore_us });
         match common.exchange(observer, |channel, wait| channel.send(&ready, wait)) {

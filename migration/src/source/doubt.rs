@@ -19,6 +19,8 @@ pub struct InDoubt<L: Live> {
     pub(super) id: MigrationId,
     pub(super) locks_seen: bool,
     pub(super) answer_limit: Duration,
+    /// How long the guest had stood when its state was saved.
+    pub(super) before_save_us: u64,
     /// Why there was no answer.
     pub error: MigrateError,
     /// How far it came.
@@ -75,7 +77,7 @@ impl<L: Live> InDoubt<L> {
             .and_then(|()| read_answer(&mut channel, &mut wait));
         match answer {
             Ok(Answer::Activated(activated)) => {
-                self.report.guest_stall_us = activated.guest_stall_us;
+                self.report.guest_stall_us = activated.guest_stall(self.before_save_us);
                 // A destination that doesn't hear this forgets the migration by itself, later.
                 let _ = channel.send(&Message::Done, &mut wait);
                 self.moved()

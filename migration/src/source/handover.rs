@@ -211,6 +211,7 @@ impl<L: Live> Source<Stopped<L>> {
         let Source { mut common, stage } = self;
         let Stopped { guest, locks_seen, began, mut downtime, silent_us } = stage;
         let id = common.options.id;
+        let before_save_us = downtime.stop_us + downtime.dirty_us + downtime.pages_us;
         let start = common.channel.now();
         let channel_error = |source| MigrateError::Channel { stage: Stage::Commitment, source };
         match common.hand_over(id, observer) {
@@ -224,9 +225,16 @@ impl<L: Live> Source<Stopped<L>> {
             Answer::None(error) => {
                 let answer_limit = common.options.deadlines.answer;
                 let (error, report) = (channel_error(error), common.report(Outcome::InDoubt));
-                let refused = None;
-                let in_doubt =
-                    InDoubt { guest, id, locks_seen, answer_limit, error, report, refused };
+                let in_doubt = InDoubt {
+                    guest,
+                    id,
+                    locks_seen,
+                    answer_limit,
+                    before_save_us,
+                    error,
+                    report,
+                    refused: None,
+                };
                 Commitment::InDoubt(Box::new(in_doubt))
             }
             Answer::Activated(activated) => {
@@ -237,9 +245,7 @@ impl<L: Live> Source<Stopped<L>> {
                     .saturating_sub(activated.activate_us)
                     .saturating_sub(way_back);
                 downtime.total_us = micros(now - began).saturating_sub(way_back);
-                let before_save = downtime.stop_us + downtime.dirty_us + downtime.pages_us;
-                common.report.guest_stall_us =
-                    activated.guest_stall_us.map(|us| us.saturating_add(before_save));
+                common.report.guest_stall_us = activated.guest_stall(before_save_us);
                 common.report.downtime = Some(downtime);
                 let mut poll = || Flow::Continue;
                 let limit = Duration::from_secs(1);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::guest::{FakeLive, Habits, Ram};
 use super::world::{Side, World};
-use crate::guest::{Active, GuestError, Host, Reserved, SignWatch, Vacant};
+use crate::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use crate::pages::Run;
 use crate::plan::{Plan, SectionId};
 use crate::state::Section;
@@ -58,8 +58,12 @@ impl Vacant for FakeVacant {
         FakeLive::section_ids(1)
     }
 
-    fn try_restore(&mut self, example: &[Section]) -> Result<Vec<String>, Vec<String>> {
-        self.restore(example).map(|()| vec!["an MSR is spared".to_owned()])
+    fn try_restore(
+        &mut self,
+        example: &[Section],
+        saved: Since,
+    ) -> Result<Vec<String>, Vec<String>> {
+        self.restore(example, saved).map(|()| vec!["an MSR is spared".to_owned()])
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
@@ -71,7 +75,10 @@ impl Vacant for FakeVacant {
         Ok(())
     }
 
-    fn restore(&mut self, sections: &[Section]) -> Result<(), Vec<String>> {
+    fn restore(&mut self, sections: &[Section], saved: Since) -> Result<(), Vec<String>> {
+        if saved.at_least > saved.at_most {
+            self.world.state().breaches.push(format!("saved before it could be: {saved:?}"));
+        }
         self.world.step(Side::Destination);
         self.state = sections[0].body.iter().copied().take(8).collect();
         Ok(())

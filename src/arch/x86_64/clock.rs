@@ -1,12 +1,12 @@
 //! The guest's time: kvmclock, and each vCPU's TSC, carried from one host to another.
 //!
 //! After Documentation/virt/kvm/devices/vcpu.rst (`KVM_VCPU_TSC_OFFSET`): the source notes kvmclock,
-//! real time and guest TSCs of one moment. The destination sets kvmclock ahead by the real time gone
-//! by, reads it back, and sets every TSC ahead by just as much through its offset. So kvmclock and
+//! real time and guest TSCs of one moment. The destination sets kvmclock ahead by the time gone by
+//! ([`crate::downtime`]), reads it back, and sets every TSC ahead by just as much through its offset. So kvmclock and
 //! TSCs stay in step, and vCPUs whose TSCs were equal have equal offsets, which KVM's master clock asks
 //! for. What is saved is kvmclock as the guest saw it, which may have drifted from KVM's own.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
@@ -15,6 +15,7 @@ use vmm_devices::GuestRam;
 use vmm_migration::state::{RestoreError, SaveError, Section, Stateful};
 
 use super::{msr, pvclock, vcpu_ioctl};
+use crate::downtime::{Ahead, Downtime};
 
 const KIND: &str = "clock";
 
@@ -42,15 +43,6 @@ pub struct ClockStateV1 {
     pub tsc: Vec<u64>,
 }
 
-/// Whether the time between save and restore passes for the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Downtime {
-    /// It does: a migration, and a restore as a rule. Timers that ran out meanwhile fire.
-    Passes,
-    /// It doesn't: a snapshot of yesterday goes on where it was, and its real time is yesterday's.
-    StandsStill,
-}
-
 /// kvmclock, real time and TSCs of one moment, with the offsets that were in force.
 struct Sample {
     kvmclock_ns: u64,
@@ -75,13 +67,11 @@ pub struct ClockPart<'a> {
     pub downtime: Downtime,
 }
 
-/// kvmclock in nanoseconds, if this is the clock's section.
+/// The clocks' state among the sections, if it can be read.
 #[must_use]
-pub fn saved_kvmclock_ns(section: &Section) -> Option<u64> {
-    if section.kind != KIND {
-        return None;
-    }
-    vmm_migration::state::decode::<ClockPart<'_>>(section).ok().map(|state| state.kvmclock_ns)
+pub fn saved_among(sections: &[Section]) -> Option<ClockStateV1> {
+    let section = sections.iter().find(|section| section.kind == KIND)?;
+    vmm_migration::state::decode::<ClockPart<'_>>(section).ok()
 }
 
 impl Stateful for ClockPart<'_> {
@@ -273,15 +263,19 @@ fn at_one_moment(first: u64, offsets: &[u64], host_tsc: Option<u64>, khz: u32) -
 fn set_kvmclock(vm: &VmFd, state: &ClockStateV1, downtime: Downtime) -> Result<(), Failure> {
     let by_kvm = vm.check_extension_int(Cap::AdjustClock) & KVM_CLOCK_REALTIME.cast_signed() != 0;
     let mut clock = kvm_clock_data { clock: state.kvmclock_ns, ..kvm_clock_data::default() };
-    match downtime {
-        Downtime::StandsStill => {}
-        Downtime::Passes if by_kvm => {
+    let realtime_ns = realtime_now();
+    match downtime.ahead(state.realtime_ns, realtime_ns, Instant::now()) {
+        Ahead::RealTime if by_kvm => {
             clock.flags = KVM_CLOCK_REALTIME;
             clock.realtime = state.realtime_ns;
         }
-        Downtime::Passes => {
-            let gone = realtime_now().saturating_sub(state.realtime_ns);
-            clock.clock = clock.clock.saturating_add(gone);
+        Ahead::RealTime => {
+            let gone_ns = realtime_ns.saturating_sub(state.realtime_ns);
+            clock.clock = clock.clock.saturating_add(gone_ns);
+        }
+        Ahead::Of(time) => {
+            let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+            clock.clock = clock.clock.saturating_add(ns);
         }
     }
     vm.set_clock(&clock).map_err(|e| ("KVM_SET_CLOCK", e))
@@ -304,7 +298,7 @@ fn ticks(ns: u64, khz: u32) -> u64 {
 }
 
 /// The host's real time, in nanoseconds.
-fn realtime_now() -> u64 {
+pub fn realtime_now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -9,9 +9,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_migration::state::{RestoreError, Stateful};
 
 use super::chip_state::ChipPart;
-use super::clock::{ClockPart, ClockStateV1, Downtime};
+use super::clock::{ClockPart, ClockStateV1};
 use super::msr::MsrPlan;
 use super::*;
+use crate::downtime::Downtime;
 use crate::kernel::{Entry, Loaded};
 use crate::memory::{Backing, Memory};
 use crate::stats::FaultCount;
@@ -235,20 +236,26 @@ fn chip_state_survives_a_move() {
     assert!(matches!(refused, Err(RestoreError::Invalid { .. })), "{refused:?}");
 }
 
-/// Saves the clock of `source`, waits, restores it into `destination` and saves it there. Returns both, and
-/// the least and the most time that can have passed between them and since the restore.
+/// Saves the clock of `source`, whose host's real time is so far ahead, waits, restores it into `destination` and saves
+/// it there. `downtime` hears from when to when that went. Returns both, and the least and the most time that can have passed between them and since the restore.
 fn move_clock(
     source: &Vm,
     destination: &Vm,
-    downtime: Downtime,
+    host_apart_ns: i64,
+    downtime: impl Fn(Instant, Instant) -> Downtime,
 ) -> (ClockStateV1, ClockStateV1, Duration, Duration) {
     let from: Vec<_> = source.vcpus.iter().collect();
     let to: Vec<_> = destination.vcpus.iter().collect();
     let start = Instant::now();
-    let saved =
-        ClockPart { vm: &source.vm, vcpus: &from, ram: &source.ram, downtime }.save().unwrap();
+    let downtime_now = Downtime::Passes;
+    let mut saved =
+        ClockPart { vm: &source.vm, vcpus: &from, ram: &source.ram, downtime: downtime_now }
+            .save()
+            .unwrap();
     std::thread::sleep(PAUSE);
+    saved.realtime_ns = saved.realtime_ns.wrapping_add_signed(host_apart_ns);
     let restored = Instant::now();
+    let downtime = downtime(start, restored);
     let mut part = ClockPart { vm: &destination.vm, vcpus: &to, ram: &destination.ram, downtime };
     part.restore(saved.clone()).unwrap();
     let again = part.save().unwrap();
@@ -262,7 +269,7 @@ fn the_clock_goes_on_as_if_it_had_never_stopped() {
     let Some(kvm) = kvm() else { return };
     let (source, destination) = (Vm::new(&kvm, 2), Vm::new(&kvm, 2));
     std::thread::sleep(PAUSE);
-    let (saved, again, most, _) = move_clock(&source, &destination, Downtime::Passes);
+    let (saved, again, most, _) = move_clock(&source, &destination, 0, |_, _| Downtime::Passes);
     let ahead = Duration::from_nanos(again.kvmclock_ns - saved.kvmclock_ns);
     assert!(PAUSE <= ahead && ahead <= most + CLOCK_SLACK, "{ahead:?} of at most {most:?}");
     assert_eq!(again.tsc_khz, saved.tsc_khz);
@@ -277,11 +284,33 @@ fn the_clock_goes_on_as_if_it_had_never_stopped() {
 /// The host's clocks are slewed apart a little; a test host may preempt us between two of them.
 const CLOCK_SLACK: Duration = Duration::from_millis(20);
 
+/// Two hosts whose real times differ by five seconds: the guest's clock goes on by what passed.
+#[test]
+fn the_clock_does_not_jump_where_hosts_differ() {
+    let Some(kvm) = kvm() else { return };
+    for apart_ns in [5_000_000_000, -5_000_000_000, 0] {
+        let (source, destination) = (Vm::new(&kvm, 2), Vm::new(&kvm, 2));
+        let (saved, again, most, _) =
+            move_clock(&source, &destination, apart_ns, |saved, arrived| Downtime::PassesSince {
+                earliest: saved,
+                latest: arrived - PAUSE,
+            });
+        let ahead = Duration::from_nanos(again.kvmclock_ns - saved.kvmclock_ns);
+        let ticks = again.tsc[0] - saved.tsc[0];
+        let by_tsc = Duration::from_nanos(ticks * 1_000_000 / u64::from(saved.tsc_khz));
+        for ahead in [ahead, by_tsc] {
+            let least = PAUSE.saturating_sub(CLOCK_SLACK);
+            assert!(least <= ahead && ahead <= most + CLOCK_SLACK, "{apart_ns}: {ahead:?}");
+        }
+    }
+}
+
 #[test]
 fn the_clock_stands_still_for_a_snapshot() {
     let Some(kvm) = kvm() else { return };
     let (source, destination) = (Vm::new(&kvm, 1), Vm::new(&kvm, 1));
-    let (saved, again, _, since) = move_clock(&source, &destination, Downtime::StandsStill);
+    let (saved, again, _, since) =
+        move_clock(&source, &destination, 0, |_, _| Downtime::StandsStill);
     let ahead = Duration::from_nanos(again.kvmclock_ns - saved.kvmclock_ns);
     assert!(ahead <= since + Duration::from_millis(1), "{ahead:?} in {since:?}");
 }
