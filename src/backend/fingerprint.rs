@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW};
 
@@ -22,22 +22,46 @@ impl Fingerprint {
     }
 }
 
-/// Sets the time of modification to now. An exact time may be set by the file's owner only; whoever may write
-/// may set the kernel's (utimensat(2)), which ticks a hundred times a second at least.
+/// File systems keep times as coarse as this at most (FAT: 2 s).
+const COARSEST: Duration = Duration::from_secs(2);
+
+/// Sets the time of modification to a later one. An exact time may be set by the file's owner only; whoever may write
+/// may set the kernel's (utimensat(2)), and waits until that differs.
 pub(super) fn mark_changed(file: &File) -> io::Result<()> {
-    match file.set_modified(SystemTime::now()) {
+    let before = Fingerprint::of(file)?;
+    let set = |time| file.set_modified(time).and_then(|()| Fingerprint::of(file));
+    match mark_later(before, SystemTime::now(), set) {
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
-        set => return set,
+        marked => return marked,
     }
-    let (before, now) = (Fingerprint::of(file)?, Timespec { tv_sec: 0, tv_nsec: UTIME_NOW });
-    for _ in 0..100 {
+    let (now, began) = (Timespec { tv_sec: 0, tv_nsec: UTIME_NOW }, Instant::now());
+    while began.elapsed() <= COARSEST {
         rustix::fs::futimens(file, &Timestamps { last_access: now, last_modification: now })?;
         if Fingerprint::of(file)? != before {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    Err(io::Error::other("its time of modification stands still"))
+    Err(stands_still())
+}
+
+/// Sets now, or what comes after the time before on a file system whose times are coarser than that. `set` gives what
+/// is found then.
+fn mark_later(
+    before: Fingerprint,
+    now: SystemTime,
+    mut set: impl FnMut(SystemTime) -> io::Result<Fingerprint>,
+) -> io::Result<()> {
+    for later in [Duration::ZERO, COARSEST / 2, COARSEST] {
+        if set(now.max(before.modified) + later)? != before {
+            return Ok(());
+        }
+    }
+    Err(stands_still())
+}
+
+fn stands_still() -> io::Error {
+    io::Error::other("its time of modification stands still")
 }
 
 #[cfg(test)]
@@ -46,6 +70,30 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn times_may_be_coarse() {
+        let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
+        let since = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        for tick_ms in [1, 1000, 2000] {
+            let kept = |time| {
+                let ms = u64::try_from(since(time).as_millis()).unwrap();
+                Fingerprint { len: 9, modified: at(ms / tick_ms * tick_ms) }
+            };
+            // The last write is of now, or of a moment before or after: clocks may go back.
+            for now in [9999, 10_000, 10_350, 11_999] {
+                let (before, mut marked) = (kept(at(10_300)), None);
+                let set = |time| {
+                    marked = Some(kept(time));
+                    Ok(kept(time))
+                };
+                mark_later(before, at(now), set).unwrap();
+                assert!(marked.unwrap().modified > before.modified, "{tick_ms} ms, {now}");
+            }
+        }
+        let before = Fingerprint { len: 9, modified: at(1) };
+        assert!(mark_later(before, at(2), |_| Ok(before)).is_err());
+    }
 
     #[test]
     fn whoever_may_write_can_mark_a_disk_as_changed_at_once() {
