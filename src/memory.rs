@@ -96,18 +96,33 @@ pub struct Memory {
     slots: Vec<MemorySlot>,
     /// The file in memory, or that of a private mapping.
     file: File,
-    private: bool,
+    kind: Kind,
     /// Of private memory: tells which pages were written. Without it, all count as touched.
     pagemap: Option<Pagemap>,
+}
+
+/// What tells which pages were touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The file's holes.
+    Sparse,
+    /// The page tables: a file of the host's pool of huge pages shows no holes.
+    Pool,
+    /// The file's holes, and what this process has copies of.
+    Private,
 }
 
 impl Memory {
     /// Maps the given guest-physical ranges over one backing.
     pub fn new(ranges: &[(GuestAddress, u64)], backing: Backing) -> Result<Self, MemoryError> {
         let total: u64 = ranges.iter().map(|r| r.1).sum();
-        let private = matches!(backing, Backing::Private(_));
+        let kind = match backing {
+            Backing::Private(_) => Kind::Private,
+            Backing::Fresh { hugepages: true } => Kind::Pool,
+            Backing::Fresh { hugepages: false } => Kind::Sparse,
+        };
         let (file, flags, hint) = open_backing(backing, total)?;
-        let pagemap = private
+        let pagemap = (kind == Kind::Private)
             .then(Pagemap::open)
             .and_then(|opened| opened.inspect_err(|e| tracing::debug!("no pagemap: {e}")).ok());
         let mut regions = Vec::new();
@@ -135,7 +150,7 @@ impl Memory {
             hint,
             why: e.to_string(),
         })?;
-        Ok(Self { ram, slots, file, private, pagemap })
+        Ok(Self { ram, slots, file, kind, pagemap })
     }
 
     /// The mapped RAM.
@@ -186,8 +201,10 @@ impl Memory {
         len: u64,
         mut visit: impl FnMut(u64, u64),
     ) -> io::Result<()> {
-        if !self.private {
-            return self.data(slot, offset, len, visit);
+        match self.kind {
+            Kind::Sparse => return self.data(slot, offset, len, visit),
+            Kind::Pool => return self.mapped(slot, offset, len, visit),
+            Kind::Private => {}
         }
         let found = self.touched_privately(slot, offset, len);
         // What a file that was cut short has lost would look untouched.
@@ -215,6 +232,37 @@ impl Memory {
         let mapped = region.as_ptr() as u64 + offset;
         pagemap.copies(mapped, len, |at, len| insert(&mut pages, offset + at, len))?;
         Ok(pages)
+    }
+
+    /// Finds what of `len` bytes at `offset` of a slot this process's page tables have an entry for, in whole huge pages:
+    /// whoever touches a page of the pool does so by them.
+    fn mapped(
+        &self,
+        slot: &MemorySlot,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, u64),
+    ) -> io::Result<()> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let huge_page = at / HUGE_PAGE_SIZE * HUGE_PAGE_SIZE;
+            let next = end.min(huge_page + HUGE_PAGE_SIZE);
+            let page = self.ram.get_slice(GuestAddress(slot.start + huge_page), 1);
+            let page = page.map_err(io::Error::other)?.ptr_guard().as_ptr();
+            let mut resident = 0_u8;
+            // SAFETY: the address is that of a page of this memory's own mapping, which `self` keeps, and mincore(2)
+            // writes one byte for one page. It touches nothing else.
+            let done = unsafe { libc::mincore(page.cast_mut().cast(), 1, &raw mut resident) };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if resident & 1 != 0 {
+                visit(at, next - at);
+            }
+            at = next;
+        }
+        Ok(())
     }
 
     /// Finds what of `len` bytes at `offset` of a slot the file has data for.

@@ -91,11 +91,10 @@ impl Host for LocalHost {
         lock_mark: Option<u64>,
     ) -> Result<Reserved<VacantGuest>, Vec<String>> {
         let mut reasons = cpu::lacking_here(&plan.cpu);
-        reasons.extend(fitting::memory_reason(plan));
-        let config = match self.configure(plan) {
-            Ok(config) => config,
-            Err(more) => return Err([reasons, more].concat()),
-        };
+        let config = self.configure(plan);
+        let hugepages = config.as_ref().is_ok_and(|config| config.hugepages);
+        reasons.extend(fitting::memory_reason(hugepages, plan));
+        let config = config.map_err(|more| [reasons.clone(), more].concat())?;
         let (disks, more) = fitting::disks(&config, plan);
         let Locks { seen: locks_seen, reasons: held, warnings } = fitting::locks(&disks, lock_mark);
         reasons.extend(more.into_iter().chain(held));

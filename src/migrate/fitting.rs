@@ -99,8 +99,12 @@ pub(super) fn tap_reasons(config: &Config) -> Vec<String> {
     .collect()
 }
 
-/// Not enough memory for what the guest has touched.
-pub(super) fn memory_reason(plan: &Plan) -> Option<String> {
+/// Not enough memory for what the guest has touched. Huge pages come from a pool of their own, where all of the RAM is
+/// reserved when it is mapped, or not.
+pub(super) fn memory_reason(hugepages: bool, plan: &Plan) -> Option<String> {
+    if hugepages {
+        return None;
+    }
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     memory_lacking(plan.touched_pages, &meminfo, cgroup::left_bytes())
 }

@@ -102,7 +102,7 @@ pub fn restore(
     let (_, mut reasons) = fitting::disks(&config, plan);
     reasons.extend(fitting::layout_reason(&config, plan));
     if load == Load::Eager {
-        reasons.extend(fitting::memory_reason(plan));
+        reasons.extend(fitting::memory_reason(config.hugepages, plan));
     }
     if !reasons.is_empty() {
         return Err(RestoreFault::Unfit(reasons));
