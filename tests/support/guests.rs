@@ -55,6 +55,8 @@ guests! {
     /// ends of each page, and checks what the pass before wrote there. Prints a dot for each pass, and
     /// "E" and no more at a difference. Idles `delay` turns after each page.
     dirtier(mib, delay) = guest_dirtier;
+    /// Writes a zero to each page of `mib` MiB of RAM from 16 MiB on, then prints as `counter` does.
+    zeroer(mib) = guest_zeroer;
     /// Sends an ARP request by its interface, of which there is one and no disk: 10.9.8.7, at 02:00:00:00:00:2a, asks for
     /// 10.9.8.1. Then prints as `counter` does, and sends no more, whatever the device asks of its driver.
     arp() = guest_arp;

@@ -71,6 +71,17 @@ guest_counter:
     inc %ebx
     jmp 1b
 
+    .globl guest_zeroer
+guest_zeroer:
+    mov LOAD, %ecx
+    shl $8, %ecx                        # pages
+    mov $0x1000000, %edi
+1:  movl $0, (%edi)
+    add $4096, %edi
+    dec %ecx
+    jnz 1b
+    jmp guest_counter
+
     .globl guest_flood
 guest_flood:
     mov $STACK, %esp

@@ -3,9 +3,9 @@
 //! One guest of 4 GiB dirties half of it without pause while its first round goes over TCP's loopback; just before,
 //! as much is copied from memory to memory through such a socket, the guest dirtying too. That is done to memory in use,
 //! and to memory of the kind that guests have, which nobody used before: its first write is a page fault. Another of 8 GiB has four
-//! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored. A third prints without
-//! pause: the longest gap in that while it moves, beside the longest in a second before. Both ends' own memory (what is not
-//! the guest's RAM) is looked at all the while.
+//! vCPUs (three of them wait to be started) and little memory in use: its state is saved and restored, and its first round is
+//! for what was never touched. A third prints without pause: the longest gap in that while it moves, beside the longest in a
+//! second before. A fourth has 2 GiB of zeros. Both ends' own memory (what is not the guest's RAM) is looked at all the while.
 
 use std::io;
 use std::process::Command;
@@ -28,6 +28,8 @@ const ROWS: &[Row] = &[
     ("round", "first round, 2 GiB of a guest of 4 GiB", "MiB/s", Goal::None),
     ("share-used", "... of the plain copy to memory in use", "", Goal::Least(0.8)),
     ("share-fresh", "... of the plain copy to fresh memory", "", Goal::Least(0.8)),
+    ("zero", "first round, 2 GiB of zeros", "MiB/s", Goal::Least(5120.0)),
+    ("untouched", "first round, 8 GiB never touched", "MiB/s", Goal::Least(5120.0)),
     ("stall", "start of tracking, 8 GiB: longest stall of a vCPU", "ms", Goal::Most(1.0)),
     ("save", "save of all state, 4 vCPUs", "ms", Goal::Most(2.0)),
     ("restore", "restore of all state, 4 vCPUs", "ms", Goal::Most(5.0)),
@@ -60,7 +62,12 @@ struct Moved {
 pub fn measure(settings: &Settings) -> Result<()> {
     let title = "What a move costs, on this machine's /dev/kvm";
     let mut table = Table::new(title, ROWS, &[Peer::Vmm]);
-    let parts = ["a move under load", "a move of state", "a move of a guest that prints"];
+    let parts = [
+        "a move under load",
+        "a move of state",
+        "a move of a guest that prints",
+        "a move of zeros",
+    ];
     settings.each_of(&parts, &[Peer::Vmm], |which, peer| {
         if which == 0 {
             let plain = &mut None;
@@ -82,9 +89,20 @@ pub fn measure(settings: &Settings) -> Result<()> {
         } else if which == 1 {
             let Moved { report, .. } = moved(Guest::dirtier(16, 0), 8192, 4, |_| Ok(()))?;
             let downtime = &report["downtime"];
+            let round = &report["rounds"][0];
+            let untouched_mib = 8192.0 - number(&round["pages"])? / 256.0;
+            table.note(peer, "untouched", untouched_mib / number(&round["time_us"])? * 1e6);
             table.note(peer, "stall", ring::stall_of_start_us(8192)? / 1e3);
             table.note(peer, "save", number(&downtime["save_us"])? / 1e3);
             table.note(peer, "restore", number(&downtime["restore_us"])? / 1e3);
+        } else if which == 3 {
+            let Moved { report, .. } = moved(Guest::zeroer(DIRTY_MIB), 4096, 1, |_| Ok(()))?;
+            let round = &report["rounds"][0];
+            let mib = number(&round["zero_pages"])? / 256.0;
+            if mib < DIRTY_MIB as f64 {
+                return Err(format!("only {mib} MiB of zeros").into());
+            }
+            table.note(peer, "zero", mib / number(&round["time_us"])? * 1e6);
         } else {
             let before = &mut None;
             let Moved { gap, .. } = moved(Guest::counter(), 512, 1, |source| {
