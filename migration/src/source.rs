@@ -21,6 +21,7 @@ use crate::wire::Algorithm;
 
 mod aborted;
 pub mod doubt;
+mod dry_run;
 mod flush;
 pub mod handover;
 mod precopy;

@@ -7,20 +7,12 @@ use super::{Aborted, Common, Reserved, Source};
 use crate::error::MigrateError;
 use crate::forecast::{Basis, Sample, forecast};
 use crate::guest::Live;
-use crate::message::{Message, PING_PADDING_MAX, RoundEnd};
+use crate::message::{Message, RoundEnd};
 use crate::pages::PageSet;
 use crate::plan::Plan;
 use crate::policy::{Decision, Fixed, Measured, Policy, Verdict};
-use crate::report::{Forecast, Observer, Outcome, Report, Round, Stage, micros};
+use crate::report::{Forecast, Observer, Round, Stage, micros};
 
-/// The spans of a forecast's samples, in milliseconds from a common start.
-const SAMPLES_MS: [u64; 5] = [5, 20, 100, 300, 1000];
-/// Padding sent to measure the bandwidth of a dry run: so much at first and at most, or a tenth of a second of a capped
-/// link.
-const PROBE_BYTES_MIN: u64 = 64 << 10;
-const PROBE_BYTES_MAX: u64 = 512 << 20;
-/// How long sending it takes at least, for the time to tell.
-const PROBE_TIME: Duration = Duration::from_millis(50);
 /// Rounds that a report lists; of more, the first and the last.
 const ROUNDS_LISTED_MAX: usize = 1000;
 
@@ -34,29 +26,6 @@ pub struct Copied<L> {
 }
 
 impl<L: Live> Source<Reserved<L>> {
-    /// What this migration would be like, from a second's sampling of the dirty rate and a probe of the
-    /// bandwidth. The guest runs on; nothing has moved; the destination is told to forget it.
-    ///
-    /// # Errors
-    /// The forecast couldn't be made; the guest runs on.
-    pub fn forecast(
-        mut self,
-        observer: &mut dyn Observer,
-    ) -> Result<(L, Forecast, Report), Box<Aborted<L>>> {
-        let Reserved { mut guest, plan, fixed, .. } = self.stage;
-        match self.common.sample(&mut guest, &plan, fixed, observer) {
-            Ok(made) => {
-                guest.stop_tracking();
-                let stage = self.common.progress.stage;
-                let reasons = vec!["a dry run ends here".to_owned()];
-                self.common.cancel(&MigrateError::Refused { stage, reasons });
-                self.common.report.forecast = Some(made.clone());
-                Ok((guest, made, self.common.report(Outcome::NotMoved)))
-            }
-            Err(error) => Err(self.common.abort(guest, error)),
-        }
-    }
-
     /// Stage 2, iterative pre-copy. Round 0 sends every page ever touched, later ones what was dirtied
     /// meanwhile.
     ///
@@ -286,75 +255,6 @@ impl Common {
                 dirty_mib_per_s: verdict.dirty_pages_per_s / 256,
                 send_mib_per_s: verdict.send_bytes_per_s >> 20,
             },
-        }
-    }
-
-    fn sample<L: Live>(
-        &mut self,
-        guest: &mut L,
-        plan: &Plan,
-        fixed: Fixed,
-        observer: &mut dyn Observer,
-    ) -> Result<Forecast, MigrateError> {
-        let send_bytes_per_s = self.probe(observer)?;
-        guest.start_tracking().map_err(self.guest_error("starting dirty tracking"))?;
-        let mut armed = PageSet::new();
-        for window in self.regions.clone().into_iter().flat_map(|r| r.pieces(WINDOW_PAGES)) {
-            armed.clear();
-            let arming = guest.first_pages(window, &mut armed);
-            arming.map_err(self.guest_error("starting dirty tracking"))?;
-        }
-        let (start, mut dirty) = (self.channel.now(), PageSet::new());
-        let mut samples = Vec::new();
-        for end in SAMPLES_MS.map(Duration::from_millis) {
-            while let Some(left) = (start + end).checked_sub(self.channel.now())
-                && !left.is_zero()
-            {
-                self.channel.sleep(left.min(Duration::from_millis(50)));
-                self.exchange(end, observer, |_, _| Ok(()))?;
-            }
-            let collected = guest.dirty_pages(&mut dirty);
-            collected.map_err(self.guest_error("collecting dirty pages"))?;
-            let time = self.channel.now() - start;
-            samples.push(Sample { time, pages: dirty.len() });
-        }
-        let limits = self.options.limits;
-        let made = forecast(&Basis {
-            samples,
-            pages: self.progress.pages_total,
-            touched_pages: plan.touched_pages,
-            send_bytes_per_s,
-            fixed: fixed.time(send_bytes_per_s),
-            downtime: limits.downtime,
-            timeout: limits.timeout,
-        });
-        Ok(made)
-    }
-
-    /// Measures the bandwidth with padding, which the destination reads and drops: more and more of it, until it takes
-    /// long enough to tell.
-    fn probe(&mut self, observer: &mut dyn Observer) -> Result<u64, MigrateError> {
-        let tenth = self.options.bandwidth.map_or(u64::MAX, |rate| rate / 10);
-        let most = tenth.clamp(1, PROBE_BYTES_MAX);
-        let round_trip = Duration::from_micros(self.report.round_trip_us);
-        let mut bytes = PROBE_BYTES_MIN.min(most);
-        loop {
-            let start = self.channel.now();
-            let padding = bytes.min(PING_PADDING_MAX as u64);
-            let records = bytes / padding;
-            for token in 0..records {
-                self.ping(token, usize::try_from(padding).unwrap_or(PING_PADDING_MAX), observer)?;
-            }
-            for token in 0..records {
-                self.pong(token, observer)?;
-            }
-            let time = (self.channel.now() - start).saturating_sub(round_trip);
-            if time >= PROBE_TIME || bytes >= most {
-                let sent = u128::from(records * padding) * 1_000_000_000;
-                let rate = u64::try_from(sent / time.as_nanos().max(1)).unwrap_or(u64::MAX);
-                return Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)));
-            }
-            bytes = (bytes * 2).min(most);
         }
     }
 }

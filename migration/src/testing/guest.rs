@@ -38,6 +38,8 @@ pub struct Habits {
     pub state_bytes: usize,
     /// What a flush of its disk takes while it runs, and when it stands, in milliseconds.
     pub flush_ms: [u64; 2],
+    /// What the destination takes to write a page, in microseconds.
+    pub page_us: u64,
 }
 
 /// RAM. Of each page only [`CELLS`] bytes are ever written, to keep comparing cheap.
@@ -169,6 +171,7 @@ impl FakeLive {
     }
 
     fn save(&self) -> Vec<Section> {
+        self.world.state().saved_at = self.clock.as_ref().map(Clock::now);
         let mut counter = self.counter.to_le_bytes().to_vec();
         counter.resize(counter.len() + self.habits.state_bytes / 3, 0);
         let section = |id: SectionId| Section {

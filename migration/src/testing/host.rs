@@ -4,7 +4,9 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use super::guest::{FakeLive, Habits, Ram};
+use super::link::End;
 use super::world::{Side, World};
+use crate::channel::Clock;
 use crate::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use crate::pages::Run;
 use crate::plan::{Plan, SectionId};
@@ -17,6 +19,8 @@ pub struct FakeHost {
     pub world: World,
     /// The guest's habits, where they show at the destination.
     pub habits: Habits,
+    /// Tells what writing a page takes, and when the guest was saved.
+    pub clock: Option<End>,
 }
 
 impl Host for FakeHost {
@@ -34,6 +38,7 @@ impl Host for FakeHost {
         let guest = FakeVacant {
             world: self.world.clone(),
             habits: self.habits,
+            clock: self.clock.take(),
             ram: Ram::zero(),
             state: Vec::new(),
         };
@@ -47,6 +52,7 @@ impl Host for FakeHost {
 pub struct FakeVacant {
     world: World,
     habits: Habits,
+    clock: Option<End>,
     ram: Ram,
     state: Vec<u8>,
 }
@@ -67,6 +73,8 @@ impl Vacant for FakeVacant {
     }
 
     fn pages_mut(&mut self, run: Run) -> Result<&mut [u8], GuestError> {
+        let time = Duration::from_micros(self.habits.page_us * run.count());
+        self.clock.iter().filter(|_| !time.is_zero()).for_each(|clock| clock.sleep(time));
         Ok(self.ram.bytes(run))
     }
 
@@ -76,8 +84,12 @@ impl Vacant for FakeVacant {
     }
 
     fn restore(&mut self, sections: &[Section], saved: Since) -> Result<(), Vec<String>> {
-        if saved.at_least > saved.at_most {
-            self.world.state().breaches.push(format!("saved before it could be: {saved:?}"));
+        let (now, saved_at) = (self.clock.as_ref().map(Clock::now), self.world.state().saved_at);
+        if let Some((now, saved_at)) = now.zip(saved_at) {
+            let ago = now - saved_at;
+            if !(saved.at_least..=saved.at_most).contains(&ago) {
+                self.world.state().breaches.push(format!("saved {ago:?} ago, not {saved:?}"));
+            }
         }
         self.world.step(Side::Destination);
         self.state = sections[0].body.iter().copied().take(8).collect();

@@ -123,7 +123,7 @@ fn told(mut lines: Vec<(u32, Vec<u8>)>, lie: &Lie) -> Vec<u8> {
 pub(super) fn destination_hears(stream: Vec<u8>) -> bool {
     let world = World::new(None);
     world.state().at_stop = None;
-    let mut host = FakeHost { world: world.clone(), habits: Habits::default() };
+    let mut host = FakeHost { world: world.clone(), habits: Habits::default(), clock: None };
     let mut observer = |_: &Progress| Flow::Continue;
     let observer = &mut observer;
     let channel = Channel::new(Script(io::Cursor::new(stream)), Frozen);

@@ -110,7 +110,8 @@ pub fn run(scenario: &Scenario, record: bool) -> Run {
     link.set_rate(scenario.rate);
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
     let guest = guest.with_clock(link.end(Side::Source));
-    let host = FakeHost { world: world.clone(), habits: scenario.habits };
+    let clock = Some(link.end(Side::Destination));
+    let host = FakeHost { world: world.clone(), habits: scenario.habits, clock };
     let (source, verdicts) = both(
         &link,
         |end| source_main(end, guest, scenario),

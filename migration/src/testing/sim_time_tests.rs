@@ -95,13 +95,25 @@ fn a_dry_run_measures_the_link() {
     }
 }
 
+/// A destination whose memory takes pages more slowly than the link carries them, as on loopback.
+#[test]
+fn a_dry_run_measures_how_fast_pages_are_taken() {
+    let slice = Some(Duration::from_millis(1));
+    let habits = Habits { page_us: 4096, ..Habits::default() };
+    let (rate, bandwidth) = (Some(400_000_000), Some(u64::MAX));
+    let (forecast, _) = dry_run(&Scenario { habits, rate, bandwidth, slice, ..base(21) });
+    // There is some blocking in it.
+    assert!((800_000..=1_000_000).contains(&forecast.send_bytes_per_s), "{forecast:?}");
+}
+
 fn dry_run(scenario: &Scenario) -> (Forecast, Report) {
     let world = World::new(None);
     let link = Link::new(&world, None, 1 << 16, false);
     scenario.slice.iter().for_each(|slice| link.set_slice(*slice));
     link.set_rate(scenario.rate);
     let guest = FakeLive::new(&world, scenario.seed, scenario.habits);
-    let mut host = FakeHost { world: world.clone(), habits: scenario.habits };
+    let clock = Some(link.end(Side::Destination));
+    let mut host = FakeHost { world: world.clone(), habits: scenario.habits, clock };
     let (source, destination) = both(
         &link,
         |end| {

@@ -1,6 +1,7 @@
 //! What both sides share and what the rules are about: who runs, who holds the disk, who crashed.
 
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// A side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct State {
     crash_at: Option<(usize, u64)>,
     /// RAM and sections of the guest at its stop.
     pub at_stop: Option<(Vec<u8>, Vec<u8>)>,
+    /// When it was saved last, by the link's clock.
+    pub saved_at: Option<Duration>,
     /// Times the guest was activated at the destination.
     pub activations: u32,
     /// Breaches of a rule.
