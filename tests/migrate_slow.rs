@@ -137,8 +137,11 @@ fn given_up_then_stopped_for_long() {
         given_up(&mut trip);
         let fast = ["--downtime-limit", "3s"];
         trip.move_on(Link::Unix, &["--net", "id=net,tap=tap1"], &fast);
-        stopped_for_long(&mut trip);
+        let stall_us = stopped_for_long(&mut trip);
         let told = trip.finish();
+        // It looks at its clock all the time, so its largest gap has all of the stall in it.
+        let gap_us = told.number("gap_us");
+        trip.check(gap_us >= stall_us, &format!("a stall of {stall_us} us, a gap of {gap_us}"));
         let served = server.join().unwrap();
         let blocks = told.number("stream_blocks");
         trip.check(served == Ok(blocks), &format!("the server says {served:?}"));
@@ -161,8 +164,8 @@ fn given_up(trip: &mut Trip) {
     trip.hears();
 }
 
-/// All that it rewrites goes over while it stands; its clocks know how long that was.
-fn stopped_for_long(trip: &mut Trip) {
+/// All that it rewrites goes over while it stands; its clocks know how long that was: gives what they are said to have seen.
+fn stopped_for_long(trip: &mut Trip) -> u64 {
     let before = trip.clock();
     let there = ["--net", "id=net,tap=tap0"];
     let report = trip.move_on(Link::Tcp, &there, &words(&slowly("stop-and-copy")));
@@ -173,6 +176,9 @@ fn stopped_for_long(trip: &mut Trip) {
     let downtime_us = number(&downtime["total_us"]) - first_sign_us;
     let long = downtime_us > DOWNTIME_LIMIT_MS * 1000;
     trip.check(long, &format!("a downtime of {downtime_us} us is within the limit"));
+    let stall_us = number(&report["guest_stall_us"]);
+    let near = stall_us.abs_diff(downtime_us) < downtime_us / 10;
+    trip.check(near, &format!("a stall of {stall_us} us, a downtime of {downtime_us}"));
     let after = trip.clock();
     eprintln!("clock before {before:?}, after {after:?}");
     let change = (after.ahead_us - before.ahead_us).abs();
@@ -180,4 +186,5 @@ fn stopped_for_long(trip: &mut Trip) {
         change <= CLOCK_US_MAX + before.error_us + after.error_us,
         &format!("the wall clock was {before:?} before the move and is {after:?}"),
     );
+    stall_us
 }
