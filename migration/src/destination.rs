@@ -14,7 +14,7 @@ use crate::chunk::Encoding;
 use crate::error::MigrateError;
 use crate::guest::{Host, Reserved, Since, Vacant};
 use crate::message::{self, Accepted, HelloReply, Message, Reads, Reasons, Reserve, Resolve};
-use crate::plan::{MigrationId, Plan, SECTIONS_MAX};
+use crate::plan::{MigrationId, Plan, Sections};
 use crate::report::{Observer, Progress, Stage, micros};
 use crate::state::Section;
 
@@ -334,14 +334,13 @@ impl Common {
         }
     }
 
-    /// The example's sections, at most [`SECTIONS_MAX`] and 16 MiB.
+    /// The example's sections.
     fn sections(
         &mut self,
         count: u32,
         observer: &mut dyn Observer,
     ) -> Result<Vec<Section>, Box<Ended>> {
-        let mut sections = Vec::new();
-        let mut bytes = 0;
+        let mut sections = Sections::default();
         for _ in 0..count {
             let section =
                 match self.exchange(observer, |channel, wait| channel.recv("Section", wait)) {
@@ -349,13 +348,11 @@ impl Common {
                     Ok(other) => return Err(self.unexpected(&other, "Section")),
                     Err(error) => return Err(self.give_up(error)),
                 };
-            bytes += section.body.len();
-            if sections.len() >= SECTIONS_MAX || bytes > receiver::SECTIONS_BYTES_MAX {
+            if !sections.push(section) {
                 return Err(self.refuse(vec!["the example is too large".to_owned()]));
             }
-            sections.push(section);
         }
-        Ok(sections)
+        Ok(sections.into_vec())
     }
 
     /// How long ago the source saved what was here at `came`: it did so after it had read the last message that it

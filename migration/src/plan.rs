@@ -17,6 +17,8 @@ pub const SPACE_RAM: u16 = 0;
 pub const REGIONS_MAX: usize = 64;
 /// Most sections of a guest.
 pub const SECTIONS_MAX: usize = 4096;
+/// All sections of a guest together, in bytes.
+const SECTIONS_BYTES_MAX: usize = 16 << 20;
 
 /// The name of one migration, the same over reconnections: 16 random bytes chosen by the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -246,11 +248,41 @@ impl Plan {
                 reasons.push(format!("{found} was not announced, or came twice"));
             }
         }
-        let missing = listed.into_iter();
-        reasons.extend(
-            missing.map(|(kind, instance, _)| format!("section {kind}/{instance} is missing")),
-        );
+        let missing = |(kind, instance, version)| {
+            format!("section {kind}/{instance} version {version} is missing")
+        };
+        reasons.extend(listed.into_iter().map(missing));
         reasons
+    }
+}
+
+/// A guest's sections as they come, within their limits.
+#[derive(Debug, Default)]
+pub(crate) struct Sections {
+    list: Vec<Section>,
+    bytes: usize,
+}
+
+impl Sections {
+    /// Takes one more. Gives whether a guest may have so much.
+    #[must_use]
+    pub(crate) fn push(&mut self, section: Section) -> bool {
+        self.bytes += section.body.len();
+        let fits = self.list.len() < SECTIONS_MAX && self.bytes <= SECTIONS_BYTES_MAX;
+        if fits {
+            self.list.push(section);
+        }
+        fits
+    }
+
+    /// How many came.
+    pub(crate) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// All that came.
+    pub(crate) fn into_vec(self) -> Vec<Section> {
+        self.list
     }
 }
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::guest::GuestError;
 use crate::message::{End, Message, unpack};
 use crate::pages::{PAGE_SIZE, Run};
-use crate::plan::{MigrationId, Plan, SECTIONS_MAX, Space};
+use crate::plan::{MigrationId, Plan, Sections, Space};
 use crate::state::Section;
 use crate::wire::{self, Digest, StreamKind, WireError, record};
 
@@ -32,7 +32,6 @@ pub const STATE_FILE: &str = "state";
 /// Bytes of `memory` that one checksum covers.
 pub const BLOCK_LEN: usize = 1 << 20;
 
-const SECTIONS_BYTES_MAX: usize = 16 << 20;
 const SUM_LEN: usize = 8;
 const SUMS_PER_RECORD: usize = 32 << 10;
 
@@ -229,17 +228,14 @@ impl<R: Read> StateReader<R> {
         if let Some(fault) = header.plan.faults().into_iter().next() {
             return Err(SnapshotError::Damaged(fault));
         }
-        let (mut sections, mut bytes, mut sums) = (Vec::new(), 0, BTreeMap::new());
+        let (mut sections, mut sums) = (Sections::default(), BTreeMap::new());
         let end = loop {
             let (kind, before) = self.next()?;
             match kind {
                 record::SECTION => {
-                    let section = wire::decode_section(&self.body)?;
-                    bytes += section.body.len();
-                    if sections.len() >= SECTIONS_MAX || bytes > SECTIONS_BYTES_MAX {
+                    if !sections.push(wire::decode_section(&self.body)?) {
                         return Err(damaged("its state is too large"));
                     }
-                    sections.push(section);
                 }
                 record::MEMORY_SUMS => read_sums(&self.body, &mut sums)?,
                 record::END => {
@@ -257,6 +253,7 @@ impl<R: Read> StateReader<R> {
         if self.input.read(&mut [0]).map_err(WireError::from)? != 0 {
             return Err(damaged("bytes after its end"));
         }
+        let sections = sections.into_vec();
         if let Some(reason) = header.plan.mismatch(&sections).into_iter().next() {
             return Err(SnapshotError::Damaged(reason));
         }

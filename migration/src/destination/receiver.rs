@@ -7,13 +7,10 @@ use crate::error::MigrateError;
 use crate::guest::Vacant;
 use crate::message::{End, Message, Ready, Reasons, RoundAck, StopAndCopy};
 use crate::pages::{PageSet, Run};
-use crate::plan::{Plan, SECTIONS_MAX};
+use crate::plan::{Plan, Sections};
 use crate::report::{Observer, Stage, micros};
 use crate::state::Section;
 use crate::wire::WireError;
-
-/// All sections of a guest together, in bytes.
-pub(super) const SECTIONS_BYTES_MAX: usize = 16 << 20;
 
 /// Stage 2 is over: the source has stopped its guest.
 #[derive(Debug)]
@@ -170,7 +167,7 @@ impl<V: Vacant> Destination<Copied<V>> {
         let (sections, end) = common.last_burst(&mut memory, observer)?;
         let came = common.channel.now();
         let receive_us = micros(came - start);
-        let reasons = mismatch(&memory.plan, &sections);
+        let reasons = memory.plan.mismatch(&sections);
         if !reasons.is_empty() {
             return Err(common.failed(reasons));
         }
@@ -195,8 +192,7 @@ impl Common {
         memory: &mut Arriving<V>,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<Section>, End), Box<Ended>> {
-        let mut sections = Vec::new();
-        let mut bytes = 0;
+        let mut sections = Sections::default();
         loop {
             let (records, digest) = self.channel.received_digest();
             match self.next(observer) {
@@ -204,11 +200,9 @@ impl Common {
                     self.pages(memory, pages, observer).map_err(|error| self.give_up(error))?;
                 }
                 Ok(Incoming::Message(Message::Section(section))) => {
-                    bytes += section.body.len();
-                    if sections.len() >= SECTIONS_MAX || bytes > SECTIONS_BYTES_MAX {
+                    if !sections.push(section) {
                         return Err(self.failed(vec!["the state is too large".to_owned()]));
                     }
-                    sections.push(section);
                 }
                 Ok(Incoming::Message(Message::End(end))) => {
                     let whole = usize::try_from(end.sections) == Ok(sections.len())
@@ -216,7 +210,7 @@ impl Common {
                     if !whole {
                         return Err(self.failed(vec!["the stream's digest is wrong".to_owned()]));
                     }
-                    return Ok((sections, end));
+                    return Ok((sections.into_vec(), end));
                 }
                 Ok(Incoming::Message(other)) => return Err(self.unexpected(&other, "End")),
                 Err(error) => return Err(self.give_up(error)),
@@ -230,22 +224,4 @@ impl Common {
         let error = MigrateError::Refused { stage: self.progress.stage, reasons };
         Box::new(Ended { error, verdict: None, dry_run: false })
     }
-}
-
-/// How the sections that came differ from those announced.
-fn mismatch(plan: &Plan, sections: &[Section]) -> Vec<String> {
-    let name =
-        |kind: &str, instance: u32, version: u16| format!("{kind}/{instance} version {version}");
-    let mut announced: Vec<String> =
-        plan.sections.iter().map(|id| name(&id.kind, id.instance, id.version)).collect();
-    let mut reasons = Vec::new();
-    for section in sections {
-        let found = name(&section.kind, section.instance, section.version);
-        match announced.iter().position(|id| *id == found) {
-            Some(at) => drop(announced.swap_remove(at)),
-            None => reasons.push(format!("section {found} was not announced, or came twice")),
-        }
-    }
-    reasons.extend(announced.into_iter().map(|id| format!("section {id} is missing")));
-    reasons
 }
