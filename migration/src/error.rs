@@ -1,6 +1,6 @@
 //! Why a migration didn't happen, or can't be told to have happened.
 
-use crate::channel::ChannelError;
+use crate::channel::{ChannelError, Peer};
 use crate::guest::{GuestError, Locks};
 use crate::report::Stage;
 
@@ -71,6 +71,12 @@ pub enum MigrateError {
 }
 
 impl MigrateError {
+    /// The destination gave the guest back once it was ready.
+    pub(crate) fn never_activated(reasons: Vec<String>) -> Self {
+        let source = ChannelError::Peer(Peer::Destination, reasons);
+        Self::Channel { stage: Stage::Activation, source }
+    }
+
     /// Whether it is the observer's own doing.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {

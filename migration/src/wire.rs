@@ -109,6 +109,15 @@ pub fn record_name(kind: u32) -> &'static str {
     }
 }
 
+/// A record of this type, as an error names it: by its number where that is all there is.
+fn a_record(kind: u32) -> String {
+    match record_name(kind) {
+        "unknown" => format!("a type {kind} record"),
+        name if name.starts_with(['A', 'E', 'U']) => format!("an {name} record"),
+        name => format!("a {name} record"),
+    }
+}
+
 /// The longest body that a record of this type may have, in bytes.
 #[must_use]
 pub fn len_max(kind: u32) -> u32 {
@@ -136,7 +145,10 @@ pub enum WireError {
         found: u16,
     },
     /// A snapshot where a migration is expected, or the other way round.
-    #[error("the stream is of kind {found}, expected {expected:?}")]
+    #[error("the stream is of kind {found}, expected {}", match .expected {
+        StreamKind::Live => "1, a migration",
+        StreamKind::Snapshot => "2, a snapshot",
+    })]
     Kind {
         /// The number found.
         found: u16,
@@ -147,7 +159,7 @@ pub enum WireError {
     #[error("the stream is cut short")]
     Truncated,
     /// Longer than the type's limit.
-    #[error("a {} record of {len} bytes is over the limit of {max}", record_name(*kind))]
+    #[error("{} of {len} bytes is over the limit of {max}", a_record(*kind))]
     TooLong {
         /// The record's type.
         kind: u32,
@@ -157,7 +169,7 @@ pub enum WireError {
         max: u32,
     },
     /// The body isn't what was written.
-    #[error("the checksum of a {} record is wrong", record_name(*kind))]
+    #[error("the checksum of {} is wrong", a_record(*kind))]
     Checksum {
         /// The record's type.
         kind: u32,
@@ -169,7 +181,7 @@ pub enum WireError {
         kind: u32,
     },
     /// Right checksum, wrong content.
-    #[error("a {} record is malformed: {what}", record_name(*kind))]
+    #[error("{} is malformed: {what}", a_record(*kind))]
     Malformed {
         /// The record's type.
         kind: u32,
@@ -196,11 +208,7 @@ pub fn preamble(kind: StreamKind) -> [u8; PREAMBLE_LEN] {
     let mut out = [0; PREAMBLE_LEN];
     out[..8].copy_from_slice(&MAGIC);
     out[8..10].copy_from_slice(&FORMAT.to_le_bytes());
-    let kind: u16 = match kind {
-        StreamKind::Live => 1,
-        StreamKind::Snapshot => 2,
-    };
-    out[10..12].copy_from_slice(&kind.to_le_bytes());
+    out[10..12].copy_from_slice(&(kind as u16).to_le_bytes());
     out
 }
 

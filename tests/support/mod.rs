@@ -1,7 +1,9 @@
 //! What the tests that run real machines share.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod forge;
 pub mod guests;
+pub mod lies;
 pub mod moves;
 pub mod pty;
 pub mod relay;

@@ -83,7 +83,7 @@ impl<L: Live> InDoubt<L> {
                 self.moved()
             }
             Ok(Answer::NeverActivated(reasons)) => {
-                self.error = MigrateError::Refused { stage: Stage::Activation, reasons };
+                self.error = MigrateError::never_activated(reasons);
                 self.stays(true)
             }
             // That says nothing of the destination.

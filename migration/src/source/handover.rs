@@ -219,7 +219,7 @@ impl<L: Live> Source<Stopped<L>> {
                 Commitment::Refused(give_back(common, guest, true, channel_error(error)))
             }
             Answer::NeverActivated(reasons) => {
-                let error = MigrateError::Refused { stage: Stage::Activation, reasons };
+                let error = MigrateError::never_activated(reasons);
                 Commitment::Refused(give_back(common, guest, true, error))
             }
             Answer::None(error) => {

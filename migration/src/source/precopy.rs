@@ -191,7 +191,7 @@ impl Common {
         let start = self.channel.now();
         let end = Message::RoundEnd(RoundEnd { round, pages });
         self.exchange(still, observer, |channel, wait| channel.send(&end, wait))?;
-        self.receive("RoundAck", still, observer, |message| match message {
+        self.receive("RoundAck of this round", still, observer, |message| match message {
             Message::RoundAck(ack) if ack.round == round => Ok(()),
             other => Err(other),
         })?;

@@ -45,32 +45,8 @@ impl Source<Connected> {
             reads: Reads::default(),
             sections: Vec::new(),
         });
-        let hello = Message::Hello(Hello {
-            protocol_min: PROTOCOL_MIN,
-            protocol_max: PROTOCOL_MAX,
-            id: common.options.id,
-            software: common.options.software.clone(),
-        });
-        let still = common.options.deadlines.still;
-        common.exchange(still, observer, |channel, wait| {
-            channel.put_preamble();
-            let sent = channel.send(&hello, wait);
-            // Also of a destination that turned us away without listening: its reason comes next.
-            channel.recv_preamble(wait).and(sent)
-        })?;
-        let reply = common.hello_reply(observer)?;
-        let mut reasons = Vec::new();
-        if message::negotiate(reply.protocol, reply.protocol).is_none() {
-            reasons.push(format!("the destination chose protocol {}", reply.protocol));
-        }
-        if reply.encodings & Encoding::KNOWN != Encoding::KNOWN {
-            reasons.push("the destination doesn't take zero or raw pages".to_owned());
-        }
-        if !reasons.is_empty() {
-            let error = MigrateError::Refused { stage: Stage::PreMigration, reasons };
-            common.cancel(&error);
-            return Err(error);
-        }
+        // The destination learns why, not only that the connection ended: it is about to wait for a guest.
+        let reply = common.greet(observer).inspect_err(|error| common.cancel(error))?;
         common.report.protocol = reply.protocol;
         common.report.destination = reply.software;
         Ok(Self { common, stage: Connected(()) })
@@ -99,6 +75,38 @@ impl Source<Connected> {
 }
 
 impl Common {
+    /// `Hello`, and what the destination answers, which has to be something to go on with.
+    fn greet(&mut self, observer: &mut dyn Observer) -> Result<HelloReply, MigrateError> {
+        let hello = Message::Hello(Hello {
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+            id: self.options.id,
+            software: self.options.software.clone(),
+        });
+        let still = self.options.deadlines.still;
+        self.exchange(still, observer, |channel, wait| {
+            channel.put_preamble();
+            let sent = channel.send(&hello, wait);
+            // Also of a destination that turned us away without listening: its reason comes next.
+            channel.recv_preamble(wait).and(sent)
+        })?;
+        let reply = self.hello_reply(observer)?;
+        let mut reasons = Vec::new();
+        if message::negotiate(reply.protocol, reply.protocol).is_none() {
+            reasons.push(format!(
+                "the destination chose protocol {}, the source speaks {PROTOCOL_MIN} to {PROTOCOL_MAX}",
+                reply.protocol
+            ));
+        }
+        if reply.encodings & Encoding::KNOWN != Encoding::KNOWN {
+            reasons.push("the destination doesn't take zero or raw pages".to_owned());
+        }
+        if !reasons.is_empty() {
+            return Err(MigrateError::Refused { stage: Stage::PreMigration, reasons });
+        }
+        Ok(reply)
+    }
+
     /// `HelloReply`, and before it, unless the destination is an older one, what it reads.
     fn hello_reply(&mut self, observer: &mut dyn Observer) -> Result<HelloReply, MigrateError> {
         let still = self.options.deadlines.still;
@@ -200,9 +208,11 @@ impl Common {
         token: u64,
         observer: &mut dyn Observer,
     ) -> Result<(), MigrateError> {
-        self.receive("Pong", self.options.deadlines.still, observer, |message| match message {
-            Message::Pong(found) if found == token => Ok(()),
-            other => Err(other),
+        self.receive("Pong to this Ping", self.options.deadlines.still, observer, |message| {
+            match message {
+                Message::Pong(found) if found == token => Ok(()),
+                other => Err(other),
+            }
         })
     }
 }
