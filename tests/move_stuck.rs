@@ -103,9 +103,29 @@ fn gives_up(destination: &mut Vm) -> String {
     err
 }
 
+/// The destination is stopped before it has accepted the connection, and so before `HelloReply`: once it goes on, it finds
+/// that the connection has ended, and takes the guest over the next.
+fn destination_stopped_before_it_answers() {
+    let mut source = dirtier(8);
+    let (mut destination, uri) = Vm::listen(&[]);
+    destination.signal(Signal::STOP);
+    let answer = source.try_move(&uri, &EASY);
+    answer.check_failed(&["pre-migration failed", STILL_THERE]);
+    runs(&mut source);
+    destination.signal(Signal::CONT);
+    source.move_to(&uri, &EASY);
+    runs(&mut destination);
+    destination.tell(&["stop", "--force"]);
+    let (status, err) = destination.wait();
+    let words =
+        "a connection brought no guest: pre-migration failed: the source closed the connection";
+    assert!(status == Some(0) && err.lines().next().unwrap().ends_with(words), "{err}");
+}
+
 #[test]
 fn a_destination_that_is_stopped() {
     side_by_side(&[
+        &destination_stopped_before_it_answers,
         &|| destination_stopped(PING, "reservation"),
         &|| destination_stopped(ROUND_END, "pre-copy"),
         &|| destination_stopped(END, "stop-and-copy"),
@@ -137,9 +157,42 @@ fn source_stopped(kind: u32, stage: &str) {
     assert!(err.contains("the guest is gone") && err.contains("disks are untouched"), "{err}");
 }
 
+/// The source is stopped in reservation, before the destination has anything of its guest: that one is over by itself.
+fn source_stopped_in_reservation() {
+    let mut told = None;
+    let (answer, source, mut destination) =
+        stopped_at(HELLO_REPLY, true, |_, destination| told = Some(destination.wait()));
+    answer.check_failed(&["the destination"]);
+    stays(source);
+    let (status, err) = told.unwrap();
+    assert_eq!((status, destination.read_to_end()), (Some(1), vec![]), "{err}");
+    check_last_line(&err, &["reservation failed", STILL_HERE, "the guest is gone"]);
+}
+
+/// The source is stopped once it has written `Commit`: the guest runs at the destination, and there only; the source learns
+/// so when it goes on, and ends, however late that is.
+fn source_stopped_with_commit_written(pause: Duration) {
+    let (answer, mut source, mut destination) = stopped_at(COMMIT, true, |source, destination| {
+        runs(destination);
+        while !source.read(Duration::ZERO).is_empty() {}
+        thread::sleep(pause);
+    });
+    answer.check_moved();
+    assert_eq!(source.read_to_end(), b"", "a second copy ran");
+    let (status, err) = source.wait();
+    assert!(status == Some(0) && err.contains("the guest moved to unix:"), "{err}");
+    runs(&mut destination);
+}
+
 #[test]
 fn a_source_that_is_stopped() {
     side_by_side(&[
+        &source_stopped_in_reservation,
+        &|| source_stopped_with_commit_written(Duration::ZERO),
+        // Its own time for the answer is over, so that it asks.
+        &|| source_stopped_with_commit_written(Duration::from_secs(11)),
+        // The destination waits for its word no longer.
+        &|| source_stopped_with_commit_written(Duration::from_secs(31)),
         &|| source_stopped(ACCEPTED, "pre-copy failed"),
         &|| source_stopped(ROUND_ACK, "pre-copy failed"),
         &|| source_stopped(READY, "commitment failed"),
