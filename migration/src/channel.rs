@@ -10,11 +10,15 @@ use crate::message::Message;
 use crate::wire::{self, Checksum, Digest, RecordHead, StreamKind, WireError};
 
 mod receive;
+mod wait;
 
 pub(crate) use receive::{Incoming, Pages};
+pub use wait::Wait;
 
 /// Whoever kept still for so long is to blame for a time that is over.
 const BLAME: Duration = Duration::from_secs(1);
+/// So much longer all of something may take than a peer may keep still meanwhile: one that keeps still is told so.
+const SLACK: Duration = Duration::from_secs(1);
 /// A cap is kept over spans of this length, in milliseconds.
 const CAP_SPAN_MS: u64 = 20;
 
@@ -126,36 +130,6 @@ pub enum ChannelError {
     },
 }
 
-/// How long the peer may keep still, when everything has to be over, and who is asked meanwhile.
-pub struct Wait<'a> {
-    still: Duration,
-    until: Option<Duration>,
-    poll: &'a mut dyn FnMut() -> Flow,
-}
-
-impl<'a> Wait<'a> {
-    /// The peer may keep still for at most `still`; `poll` is asked while nothing moves.
-    pub fn new(still: Duration, poll: &'a mut dyn FnMut() -> Flow) -> Self {
-        Self { still, until: None, poll }
-    }
-
-    /// Everything has to be over by `until` on the channel's clock, whatever moves.
-    #[must_use]
-    pub fn until(self, until: Duration) -> Self {
-        Self { until: Some(until), ..self }
-    }
-
-    /// Asks whoever is to be asked.
-    pub(crate) fn ask(&mut self) -> Flow {
-        (self.poll)()
-    }
-
-    /// Whether everything has to be over by now.
-    fn is_over(&self, now: Duration) -> bool {
-        self.until.is_some_and(|until| now >= until)
-    }
-}
-
 /// One connection.
 pub struct Channel {
     peer: Peer,
@@ -225,6 +199,11 @@ impl Channel {
     #[must_use]
     pub fn now(&self) -> Duration {
         self.clock.now()
+    }
+
+    /// When something has to be over that may take so long.
+    pub(crate) fn end_of(&self, limit: Duration) -> Duration {
+        self.now().saturating_add(limit).saturating_add(SLACK)
     }
 
     pub(crate) fn sleep(&self, time: Duration) {
@@ -376,7 +355,7 @@ impl Channel {
         match e.kind() {
             io::ErrorKind::Interrupted => None,
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                if (wait.poll)() == Flow::Cancel {
+                if wait.ask() == Flow::Cancel {
                     return Some(ChannelError::Cancelled);
                 }
                 self.late(wait, start, self.now())

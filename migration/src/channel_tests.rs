@@ -1,24 +1,7 @@
 //! Deadlines and the bandwidth cap, by a clock of their own.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::*;
-
-/// Milliseconds that pass when somebody sleeps, or when the peer lets it wait.
-#[derive(Clone, Default)]
-struct Time(Arc<AtomicU64>);
-
-impl Clock for Time {
-    fn now(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
-    }
-
-    fn sleep(&self, time: Duration) {
-        let ms = u64::try_from(time.as_micros().div_ceil(1000)).unwrap();
-        self.0.fetch_add(ms, Ordering::SeqCst);
-    }
-}
+use crate::testing::Time;
 
 /// Takes everything at once, and has nothing to say.
 struct Peer(Time);

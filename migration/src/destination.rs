@@ -33,6 +33,8 @@ pub struct Options {
     pub reads: Reads,
     /// How long a connection may take to say what it wants: a source does so at once.
     pub hello: Duration,
+    /// How long `Reserve` and its sections may take in all.
+    pub reserve: Duration,
     /// How long the source may keep still.
     pub still: Duration,
     /// How long after `Ready` the source may take to commit; it flushes its disks meanwhile.
@@ -40,15 +42,16 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults: 10 s for the first message, 30 s each for the others.
+    /// The defaults: 10 s for the first message, 60 s for the reservation, 30 s each for the others.
     #[must_use]
     pub fn new(software: impl Into<String>) -> Self {
         let limit = Duration::from_secs(30);
-        let hello = Duration::from_secs(10);
+        let (hello, reserve) = (Duration::from_secs(10), Duration::from_secs(60));
         Self {
             software: software.into(),
             reads: Reads::new(Vec::new()),
             hello,
+            reserve,
             still: limit,
             commit: limit,
         }
@@ -83,6 +86,8 @@ pub(crate) struct Common {
     pub(crate) started: Duration,
     /// When the last message was begun that the source awaits before it goes on.
     pub(crate) asked: Duration,
+    /// When what is under way has to be over, whatever moves.
+    deadline: Option<Duration>,
 }
 
 /// A migration that won't happen here. The vacant guest is gone.
@@ -122,7 +127,7 @@ impl Question {
         let verdict = verdicts.iter().find(|verdict| verdict.id == self.id);
         let message = verdict.map_or(Message::UnknownId, |verdict| verdict.message());
         let mut poll = || Flow::Continue;
-        let mut wait = Wait::new(self.still, &mut poll);
+        let mut wait = Wait::within(self.still, self.channel.now(), &mut poll);
         let sent = self.channel.send(&message, &mut wait);
         match verdict {
             Some(verdict) if verdict.is_activated() => {
@@ -136,7 +141,7 @@ impl Question {
 /// Turns a connection away, with a reason: the second source at a busy listener.
 pub fn refuse(mut channel: Channel, reason: &str) {
     let mut poll = || Flow::Continue;
-    let mut wait = Wait::new(Duration::from_secs(1), &mut poll);
+    let mut wait = Wait::within(Duration::from_secs(1), channel.now(), &mut poll);
     channel.put_preamble();
     // Who doesn't hear it sees the connection end.
     let _ = channel.send(&Message::Refused(Reasons::one(reason)), &mut wait);
@@ -158,14 +163,13 @@ pub fn accept(
     let started = channel.now();
     let id = MigrationId([0; 16]);
     let progress = Progress::default();
-    let mut common = Box::new(Common { channel, options, id, progress, started, asked: started });
-    let limit = common.options.hello;
+    let deadline = Some(started + options.hello);
+    let asked = started;
+    let mut common = Box::new(Common { channel, options, id, progress, started, asked, deadline });
     let opening = common.exchange(observer, |channel, wait| {
-        let mut poll = || wait.ask();
-        let mut wait = Wait::new(limit, &mut poll).until(started + limit);
-        channel.flush(&mut wait)?;
-        channel.recv_preamble(&mut wait)?;
-        channel.recv("Hello", &mut wait)
+        channel.flush(wait)?;
+        channel.recv_preamble(wait)?;
+        channel.recv("Hello", wait)
     });
     match opening.map_err(|error| common.give_up(error))? {
         Message::Hello(hello) => {
@@ -193,7 +197,15 @@ impl Common {
         let progress = self.progress;
         let mut poll = || observer.observe(&progress);
         let mut wait = Wait::new(self.options.still, &mut poll);
+        if let Some(until) = self.deadline {
+            wait = wait.until(until);
+        }
         run(&mut self.channel, &mut wait).map_err(|source| MigrateError::Channel { stage, source })
+    }
+
+    /// What comes next has to be over in so long.
+    fn begin_within(&mut self, limit: Duration) {
+        self.deadline = Some(self.channel.end_of(limit));
     }
 
     fn agree(
@@ -247,8 +259,7 @@ impl Common {
 
     pub(crate) fn tell(&mut self, message: &Message) {
         let mut poll = || Flow::Continue;
-        let (limit, now) = (Duration::from_secs(1), self.channel.now());
-        let mut wait = Wait::new(limit, &mut poll).until(now + limit);
+        let mut wait = Wait::within(Duration::from_secs(1), self.channel.now(), &mut poll);
         // Who doesn't hear it sees the connection end.
         let _ = self.channel.send(message, &mut wait);
     }
@@ -265,8 +276,8 @@ impl Destination<Greeted> {
     pub fn refuse(mut self, reason: &str) {
         self.common.refuse(vec![reason.to_owned()]);
         let mut poll = || Flow::Continue;
-        let until = self.common.channel.now() + Duration::from_secs(1);
-        let mut wait = Wait::new(Duration::from_secs(1), &mut poll).until(until);
+        let now = self.common.channel.now();
+        let mut wait = Wait::within(Duration::from_secs(1), now, &mut poll);
         // What it sends meanwhile is read, or else a socket's end would overtake the reason.
         while self.common.channel.recv("the end", &mut wait).is_ok() {}
     }
@@ -282,6 +293,7 @@ impl Destination<Greeted> {
     ) -> Result<Destination<Prepared<H::Vacant>>, Box<Ended>> {
         self.common.progress.stage = Stage::Reservation;
         let common = &mut self.common;
+        common.begin_within(common.options.reserve);
         let (reserve, lock_mark) = common.reserve_message(observer)?;
         let example = common.sections(reserve.example_sections, observer)?;
         let came = common.channel.now();
@@ -310,8 +322,10 @@ impl Destination<Greeted> {
         let Reasons { reasons: warnings } = Reasons::new(warnings);
         let accepted = Message::Accepted(Accepted { trial_restore_us, locks_seen, warnings });
         common.asked = common.channel.now();
+        common.begin_within(common.options.still);
         let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
         sent.map_err(|error| common.give_up(error))?;
+        common.deadline = None;
         let stage = Prepared { guest, plan: reserve.plan, dry_run: reserve.dry_run };
         Ok(Destination { common: self.common, stage })
     }

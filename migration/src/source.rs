@@ -40,9 +40,9 @@ const PINGS: u64 = 3;
 /// How long the peer may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// To give or take any byte.
+    /// To give or take any byte; before pre-copy, to give or take the next message.
     pub still: Duration,
-    /// To make the place, trial restore included.
+    /// To take `Reserve` with its sections, and then to make the place, trial restore included.
     pub reserve: Duration,
     /// For the whole stop-and-copy, beside four times what was predicted for it.
     pub halted: Duration,
@@ -109,7 +109,7 @@ pub(crate) struct Common {
     pub(crate) started: Duration,
     /// The regions of RAM: no run sent crosses from one into the next.
     pub(crate) regions: Vec<Run>,
-    /// When the stage has to be over.
+    /// When what is under way has to be over, whatever moves.
     pub(crate) deadline: Option<Duration>,
     /// When a round of pre-copy is cut short, so that the policy can decide.
     cut_at: Option<Duration>,
@@ -156,6 +156,11 @@ impl Common {
         result.map_err(|source| MigrateError::Channel { stage, source: self.explain(source) })
     }
 
+    /// What comes next has to be over in so long.
+    pub(crate) fn begin_within(&mut self, limit: Duration) {
+        self.deadline = Some(self.channel.end_of(limit));
+    }
+
     /// The time for pre-copy is up.
     fn no_convergence(&self) -> MigrateError {
         let progress = &self.progress;
@@ -175,8 +180,7 @@ impl Common {
             return error;
         }
         let mut poll = || Flow::Continue;
-        let until = self.channel.now() + Duration::from_millis(200);
-        let mut wait = Wait::new(Duration::from_millis(200), &mut poll).until(until);
+        let mut wait = Wait::within(Duration::from_millis(200), self.channel.now(), &mut poll);
         loop {
             match self.channel.recv("a reason", &mut wait) {
                 Ok(_) => {}
@@ -208,8 +212,7 @@ impl Common {
         );
         if !told {
             let mut poll = || Flow::Continue;
-            let (limit, now) = (Duration::from_secs(1), self.channel.now());
-            let mut wait = Wait::new(limit, &mut poll).until(now + limit);
+            let mut wait = Wait::within(Duration::from_secs(1), self.channel.now(), &mut poll);
             // The cap has no say any more: nothing of size follows.
             self.channel.set_bandwidth(None);
             let reasons = Reasons::one(format!("the source gave up: {}", error.line()));

@@ -1,6 +1,6 @@
 //! The receiving half of a [`Channel`]: messages whole, page data straight into its place.
 
-use super::{Channel, ChannelError, Wait};
+use super::{Channel, ChannelError, Flow, Wait};
 use crate::chunk::{self, CHUNK_HEAD_LEN, ENTRY_LEN, Entry};
 use crate::message::Message;
 use crate::wire::{self, Checksum, HEAD_LEN, RecordHead, SUM_LEN, StreamKind, WireError, record};
@@ -66,7 +66,12 @@ impl Channel {
             body.shrink_to(READ_BUFFER);
             self.body = body;
             match result? {
-                Err(WireError::UnknownRecord { .. }) if head.optional => {}
+                // Who sends nothing else keeps nobody from being asked.
+                Err(WireError::UnknownRecord { .. }) if head.optional => {
+                    if wait.ask() == Flow::Cancel {
+                        return Err(ChannelError::Cancelled);
+                    }
+                }
                 Ok(Message::Failed(r) | Message::Refused(r) | Message::Cancel(r)) => {
                     return Err(ChannelError::Peer(self.peer, r.reasons));
                 }

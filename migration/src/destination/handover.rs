@@ -86,7 +86,8 @@ impl Farewell {
     /// questions for some minutes.
     pub fn source_knows(&mut self) -> bool {
         let mut poll = || Flow::Continue;
-        let mut wait = Wait::new(self.common.options.still, &mut poll);
+        let now = self.common.channel.now();
+        let mut wait = Wait::within(self.common.options.still, now, &mut poll);
         matches!(self.common.channel.recv("Done", &mut wait), Ok(Message::Done))
     }
 
@@ -122,13 +123,9 @@ impl<V: Vacant> Destination<Restored<V>> {
     ) -> Result<Destination<Committed<V>>, Box<Ended>> {
         let Destination { mut common, stage: Restored { guest, paused } } = self;
         common.progress.stage = Stage::Commitment;
-        let until = common.channel.now() + common.options.commit;
         common.options.still = common.options.commit;
-        let message = common.exchange(observer, |channel, wait| {
-            let mut poll = || wait.ask();
-            let limit = until.saturating_sub(channel.now());
-            channel.recv("Commit", &mut Wait::new(limit, &mut poll).until(until))
-        });
+        common.begin_within(common.options.commit);
+        let message = common.exchange(observer, |channel, wait| channel.recv("Commit", wait));
         let error = match message {
             Ok(Message::Commit(commit)) if commit.id == common.id => {
                 let stage = Committed { guest, paused, read_at: common.channel.now() };

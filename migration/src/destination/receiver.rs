@@ -89,9 +89,19 @@ impl Common {
                 Ok(Incoming::Message(other)) => return Err(self.unexpected(&other, "Pages")),
                 Err(error) => return Err(self.give_up(error)),
             };
+            self.ask(observer).map_err(|error| self.give_up(error))?;
             let sent = self.exchange(observer, |channel, wait| channel.send(&reply, wait));
             sent.map_err(|error| self.give_up(error))?;
         }
+    }
+
+    /// Whoever is to be asked, however busy the source is.
+    fn ask(&self, observer: &mut dyn Observer) -> Result<(), MigrateError> {
+        if observer.observe(&self.progress) == Flow::Cancel {
+            let stage = self.progress.stage;
+            return Err(MigrateError::Channel { stage, source: ChannelError::Cancelled });
+        }
+        Ok(())
     }
 
     /// One record of pages.
@@ -108,10 +118,7 @@ impl Common {
             stage,
             source: WireError::Malformed { kind, what }.into(),
         };
-        let progress = self.progress;
-        if observer.observe(&progress) == Flow::Cancel {
-            return Err(MigrateError::Channel { stage, source: ChannelError::Cancelled });
-        }
+        self.ask(observer)?;
         let entries = std::mem::take(&mut pages.entries);
         for entry in entries {
             if !memory.plan.spaces.iter().any(|s| s.id == pages.space && s.contains(entry.run)) {

@@ -66,8 +66,7 @@ impl<L: Live> InDoubt<L> {
     ) -> Commitment<L> {
         let stage = Stage::Commitment;
         let mut poll = || observer.observe(&Progress { stage, ..Default::default() });
-        let until = channel.now() + self.answer_limit;
-        let mut wait = Wait::new(self.answer_limit, &mut poll).until(until);
+        let mut wait = Wait::within(self.answer_limit, channel.now(), &mut poll);
         let resolve =
             Resolve { protocol_min: PROTOCOL_MIN, protocol_max: PROTOCOL_MAX, id: self.id };
         channel.put_preamble();

@@ -71,7 +71,7 @@ impl<L: Live> Source<Copied<L>> {
         let mut downtime =
             Downtime { stop_us: micros(common.channel.now() - began), ..Downtime::default() };
         let silent_us = guest.last_sign_ago().map(micros);
-        common.deadline = Some(began + common.options.deadlines.halted + predicted * 4);
+        common.begin_within(common.options.deadlines.halted.saturating_add(predicted * 4));
         let burst = common.last_burst(&mut guest, &mut left, &mut downtime, observer);
         if let Err(error) = burst {
             return Err(give_back(common, guest, false, error));
@@ -152,7 +152,7 @@ impl Common {
         let (progress, before) = (self.progress, self.channel.sent_bytes());
         let mut poll = shown(observer, progress);
         let limit = self.options.deadlines.answer;
-        let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
+        let mut wait = Wait::within(limit, self.channel.now(), &mut poll);
         let written = self.channel.send(&Message::Commit(Commit { id }), &mut wait);
         match written.and_then(|()| read_answer(&mut self.channel, &mut wait)) {
             Ok(answer) => answer,
@@ -170,7 +170,7 @@ impl Common {
         let progress = Progress { stage: Stage::Activation, ..self.progress };
         let mut poll = shown(observer, progress);
         let limit = self.options.deadlines.first_sign;
-        let mut wait = Wait::new(limit, &mut poll).until(self.channel.now() + limit);
+        let mut wait = Wait::within(limit, self.channel.now(), &mut poll);
         match self.channel.recv("FirstSign", &mut wait) {
             Ok(Message::FirstSign(sign)) if sign.after_us <= FIRST_SIGN_US_MAX => {
                 Some(sign.after_us)
@@ -248,8 +248,7 @@ impl<L: Live> Source<Stopped<L>> {
                 common.report.guest_stall_us = activated.guest_stall(before_save_us);
                 common.report.downtime = Some(downtime);
                 let mut poll = || Flow::Continue;
-                let limit = Duration::from_secs(1);
-                let mut wait = Wait::new(limit, &mut poll).until(now + limit);
+                let mut wait = Wait::within(Duration::from_secs(1), now, &mut poll);
                 // A destination that doesn't hear this forgets the migration by itself, later.
                 let _ = common.channel.send(&Message::Done, &mut wait);
                 let mut report = common.report(Outcome::Moved);

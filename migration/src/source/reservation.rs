@@ -84,6 +84,7 @@ impl Common {
             software: self.options.software.clone(),
         });
         let still = self.options.deadlines.still;
+        self.begin_within(still);
         self.exchange(still, observer, |channel, wait| {
             channel.put_preamble();
             let sent = channel.send(&hello, wait);
@@ -110,6 +111,7 @@ impl Common {
     /// `HelloReply`, and before it, unless the destination is an older one, what it reads.
     fn hello_reply(&mut self, observer: &mut dyn Observer) -> Result<HelloReply, MigrateError> {
         let still = self.options.deadlines.still;
+        self.begin_within(still);
         let first = self.receive("HelloReply", still, observer, |message| match message {
             Message::Reads(_) | Message::HelloReply(_) => Ok(message),
             other => Err(other),
@@ -155,12 +157,14 @@ impl Common {
         let reserve = Message::Reserve(Box::new(reserve));
         let mark = guest.lock_mark().map(|end| Message::LockMark(LockMark { end }));
         let deadlines = self.options.deadlines;
+        self.begin_within(deadlines.reserve);
         self.exchange(deadlines.still, observer, |channel, wait| {
             mark.iter().for_each(|mark| channel.put(mark));
             channel.put(&reserve);
             example.sections.into_iter().for_each(|s| channel.put(&Message::Section(s)));
             channel.flush(wait)
         })?;
+        self.begin_within(deadlines.reserve);
         let accepted = self.receive("Accepted", deadlines.reserve, observer, |m| match m {
             Message::Accepted(accepted) => Ok(accepted),
             other => Err(other),
@@ -184,10 +188,12 @@ impl Common {
         let mut shortest = Duration::MAX;
         for token in 0..PINGS {
             let start = self.channel.now();
+            self.begin_within(self.options.deadlines.still);
             self.ping(token, 0, observer)?;
             self.pong(token, observer)?;
             shortest = shortest.min(self.channel.now() - start);
         }
+        self.deadline = None;
         Ok(shortest)
     }
 

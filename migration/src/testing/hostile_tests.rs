@@ -12,10 +12,11 @@ use super::sim::{Scenario, run};
 use super::world::World;
 use crate::channel::{Channel, Clock, Flow};
 use crate::destination::{self, Opening};
+use crate::error::MigrateError;
 use crate::message::Message;
 use crate::plan::MigrationId;
 use crate::policy::{Limits, OnTimeout};
-use crate::report::Progress;
+use crate::report::{Observer, Progress};
 use crate::source::{Commitment, Deadlines, Options};
 use crate::wire::{self, Algorithm, HEAD_LEN, PREAMBLE_LEN, RecordHead};
 
@@ -121,12 +122,19 @@ fn told(mut lines: Vec<(u32, Vec<u8>)>, lie: &Lie) -> Vec<u8> {
 
 /// A destination that hears this; whether it activated the guest.
 pub(super) fn destination_hears(stream: Vec<u8>) -> bool {
+    let mut observer = |_: &Progress| Flow::Continue;
+    let channel = Channel::new(Script(io::Cursor::new(stream)), Frozen);
+    destination_over(channel, &mut observer).is_ok()
+}
+
+/// ... over this channel. It may hear no more, once it has.
+pub(super) fn destination_over(
+    channel: Channel,
+    observer: &mut dyn Observer,
+) -> Result<(), Option<MigrateError>> {
     let world = World::new(None);
     world.state().at_stop = None;
     let mut host = FakeHost { world: world.clone(), habits: Habits::default(), clock: None };
-    let mut observer = |_: &Progress| Flow::Continue;
-    let observer = &mut observer;
-    let channel = Channel::new(Script(io::Cursor::new(stream)), Frozen);
     match destination::accept(channel, destination::Options::new("test"), observer) {
         Ok(Opening::Migrate(destination)) => destination
             .reserve(&mut host, observer)
@@ -134,9 +142,16 @@ pub(super) fn destination_hears(stream: Vec<u8>) -> bool {
             .and_then(|destination| destination.stop_and_copy(observer))
             .and_then(|destination| destination.await_commit(observer))
             .and_then(destination::Destination::activate)
-            .is_ok(),
-        Ok(Opening::Question(question)) => question.answer(&[]),
-        Err(_) => false,
+            .map(|(_, mut farewell)| _ = farewell.source_knows())
+            .map_err(|ended| Some(ended.error)),
+        Ok(Opening::Question(question)) => {
+            if question.answer(&[]) {
+                Ok(())
+            } else {
+                Err(None)
+            }
+        }
+        Err(ended) => Err(Some(ended.error)),
     }
 }
 
@@ -151,6 +166,11 @@ pub(super) fn source_hears_at(
     clock: impl Clock + 'static,
     on_timeout: OnTimeout,
 ) -> &'static str {
+    source_over(Channel::new(Script(io::Cursor::new(stream)), clock), on_timeout)
+}
+
+/// ... over this channel.
+pub(super) fn source_over(channel: Channel, on_timeout: OnTimeout) -> &'static str {
     let world = World::new(None);
     let guest = FakeLive::new(&world, 1, Habits::default());
     let options = Options {
@@ -162,7 +182,6 @@ pub(super) fn source_hears_at(
         deadlines: Deadlines::default(),
         dry_run: false,
     };
-    let channel = Channel::new(Script(io::Cursor::new(stream)), clock);
     let mut observer = |_: &Progress| Flow::Continue;
     match crate::source::migrate(channel, options, guest, &mut observer) {
         Ok(Commitment::Moved(_)) => "moved",

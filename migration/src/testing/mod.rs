@@ -9,10 +9,33 @@ pub mod link;
 pub mod sim;
 pub mod world;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::channel::Clock;
+
+#[cfg(test)]
+mod endless_tests;
 #[cfg(test)]
 mod hostile_numbers_tests;
 #[cfg(test)]
 mod hostile_tests;
+
+/// A clock by which time passes only when somebody sleeps, in milliseconds.
+#[derive(Clone, Debug, Default)]
+pub struct Time(Arc<AtomicU64>);
+
+impl Clock for Time {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::SeqCst))
+    }
+
+    fn sleep(&self, time: Duration) {
+        let ms = u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
+        self.0.fetch_add(ms, Ordering::SeqCst);
+    }
+}
 
 /// A small generator of pseudo-random numbers (xorshift64*), enough to vary tests.
 #[derive(Clone, Debug)]
