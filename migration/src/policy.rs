@@ -142,6 +142,9 @@ impl Measured {
 pub enum Decision {
     /// Another round.
     Continue,
+    /// Another round, after a pause: little is dirty, and the fixed cost alone is over the limit, so that only the
+    /// time that is left can still show it smaller.
+    Rest,
     /// Another round, each vCPU throttled by this many percent (the last value goes for the rest).
     Throttle(Vec<u8>),
     /// Stop the guest now.
@@ -243,7 +246,8 @@ impl Policy {
         let hopeless = fixed > self.limits.downtime && transfer <= small;
         let (on_timeout, timeout) = (self.limits.on_timeout, self.limits.timeout);
         match on_timeout {
-            OnTimeout::StopAndCopy if hopeless || now.elapsed >= timeout => Decision::StopAndCopy,
+            OnTimeout::StopAndCopy if now.elapsed >= timeout => Decision::StopAndCopy,
+            OnTimeout::StopAndCopy if hopeless => Decision::Rest,
             _ if hopeless => Decision::Unreachable,
             OnTimeout::Abort if now.elapsed >= timeout => Decision::TimedOut,
             OnTimeout::Throttle if now.elapsed >= timeout.saturating_mul(2) => Decision::TimedOut,

@@ -96,12 +96,7 @@ impl Common {
         let (start, mut dirty) = (self.channel.now(), PageSet::new());
         let mut samples = Vec::new();
         for end in SAMPLES_MS.map(Duration::from_millis) {
-            while let Some(left) = (start + end).checked_sub(self.channel.now())
-                && !left.is_zero()
-            {
-                self.channel.sleep(left.min(Duration::from_millis(50)));
-                self.exchange(end, observer, |_, _| Ok(()))?;
-            }
+            self.rest((start + end).saturating_sub(self.channel.now()), observer)?;
             let collected = guest.dirty_pages(&mut dirty);
             collected.map_err(self.guest_error("collecting dirty pages"))?;
             let time = self.channel.now() - start;
@@ -129,6 +124,7 @@ impl Common {
         let most = tenth.clamp(1, PROBE_BYTES_MAX);
         let round_trip = Duration::from_micros(self.report.round_trip_us);
         let mut bytes = PROBE_BYTES_MIN.min(most);
+        self.begin_within(self.options.deadlines.reserve);
         loop {
             let start = self.channel.now();
             let padding = bytes.min(PING_PADDING_MAX as u64);
@@ -142,6 +138,7 @@ impl Common {
             let time = (self.channel.now() - start).saturating_sub(round_trip);
             if time >= PROBE_TIME || bytes >= most {
                 let rate = rate(records * padding, time);
+                self.deadline = None;
                 return Ok(self.options.bandwidth.map_or(rate, |cap| rate.min(cap)));
             }
             bytes = (bytes * 2).min(most);
@@ -160,10 +157,12 @@ impl Common {
         let start = self.channel.now();
         let mut sender = Sender::new(self);
         sender.begin(self);
+        self.begin_within(self.options.deadlines.reserve);
         sender.send(self, pages, &mut Masked(guest), observer)?;
         sender.flush(self, observer)?;
         self.ping(0, 0, observer)?;
         self.pong(0, observer)?;
+        self.deadline = None;
         let round_trip = Duration::from_micros(self.report.round_trip_us);
         let time = (self.channel.now() - start).saturating_sub(round_trip);
         let tells = time >= PROBE_PAGES_TIME_MIN;

@@ -13,6 +13,8 @@ use crate::plan::Plan;
 use crate::policy::{Decision, Fixed, Measured, Policy, Verdict};
 use crate::report::{Forecast, Observer, Round, Stage, micros};
 
+/// Between rounds that have little to send, where waiting is all there is to do.
+const REST: Duration = Duration::from_millis(100);
 /// Rounds that a report lists; of more, the first and the last.
 const ROUNDS_LISTED_MAX: usize = 1000;
 
@@ -82,7 +84,9 @@ impl Common {
             sender.flush(self, observer)?;
             let acked = self.end_round(round, sender.sent.pages, observer)?;
             if !fixed.flush.is_zero() {
-                fixed.flush = self.flush_disks(guest, observer)?;
+                let flush = self.flush_disks(guest, observer)?;
+                // One that was cut short tells less than the last.
+                fixed.flush = if self.is_cut_short() { flush.max(fixed.flush) } else { flush };
                 flushes += 1;
             }
             set.clear();
@@ -139,6 +143,7 @@ impl Common {
                 }
                 Decision::StopAndCopy => return Ok((set, verdict.downtime)),
                 Decision::Continue => {}
+                Decision::Rest => self.rest(REST, observer)?,
                 Decision::Throttle(percent) => self.throttle(guest, percent, &mut throttle),
                 Decision::TimedOut | Decision::Unreachable => {
                     return Err(self.given_up(&verdict));
@@ -256,5 +261,20 @@ impl Common {
                 send_mib_per_s: verdict.send_bytes_per_s >> 20,
             },
         }
+    }
+
+    /// Lets time pass, but none that a round may not have, and listens to the observer meanwhile.
+    pub(super) fn rest(
+        &mut self,
+        time: Duration,
+        observer: &mut dyn Observer,
+    ) -> Result<(), MigrateError> {
+        let end = self.channel.now().saturating_add(time);
+        let end = self.cut_at.map_or(end, |at| at.min(end));
+        while let Some(left) = end.checked_sub(self.channel.now()).filter(|left| !left.is_zero()) {
+            self.channel.sleep(left.min(Duration::from_millis(50)));
+            self.exchange(time, observer, |_, _| Ok(()))?;
+        }
+        Ok(())
     }
 }

@@ -171,6 +171,18 @@ fn the_predicted_downtime_has_the_state_in_it() {
     assert!(expected.abs_diff(told) < told / 10, "{expected} predicted, {told} told");
 }
 
+/// A limit that no stop can meet: it is tried until the time is up, ten times a second.
+#[test]
+fn a_stop_over_the_limit_in_any_case_waits_for_the_timeout() {
+    let habits = Habits { state_bytes: 40_000, ..Habits::default() };
+    let timeout = Some(Duration::from_secs(2));
+    let run = Tally::default().run(&Scenario { timeout, ..stately(habits) });
+    let report = run.report.expect("a report");
+    assert_eq!(run.ending, Ending::Moved);
+    assert!((2_000_000..3_000_000).contains(&report.total_us), "{report:?}");
+    assert!((10..=25).contains(&report.rounds.len()), "{} rounds", report.rounds.len());
+}
+
 #[test]
 fn the_predicted_downtime_has_a_slow_flush_in_it() {
     let (expected, told) = downtimes(&stately(Habits { flush_ms: [80, 80], ..Habits::default() }));
