@@ -84,9 +84,7 @@ impl Request {
     pub fn validate(&self) -> Result<(), ApiError> {
         match self {
             Request::Migrate(migrate) => migrate.validate(),
-            Request::Snapshot(snapshot) if !snapshot.dir.is_absolute() => {
-                Err(ApiError::bad_request("dir: it must be an absolute path"))
-            }
+            Request::Snapshot(snapshot) => snapshot.validate(),
             _ => Ok(()),
         }
     }
@@ -131,16 +129,25 @@ impl MigrateRequest {
             "uri: a VM has no standard output to migrate through: use exec:CMD"
         } else if matches!(&self.uri, Uri::Unix(path) if !path.is_absolute()) {
             "uri: the socket's path must be absolute"
-        } else if !(1..=DOWNTIME_LIMIT_MS_MAX).contains(&self.downtime_limit_ms) {
-            "downtime_limit_ms: it must be 1 to 3600000"
-        } else if !(1..=TIMEOUT_MS_MAX).contains(&self.timeout_ms) {
-            "timeout_ms: it must be 1 to 604800000"
+        } else if let Some(problem) = limits_problem(self.downtime_limit_ms, self.timeout_ms) {
+            problem
         } else if self.bandwidth_bits_per_s.is_some_and(|rate| rate < BANDWIDTH_BITS_PER_S_MIN) {
             "bandwidth_bits_per_s: it must be at least 1000000"
         } else {
             return Ok(());
         };
         Err(ApiError::bad_request(problem))
+    }
+}
+
+/// What is wrong with the limits of a migration or a snapshot.
+fn limits_problem(downtime_limit_ms: u64, timeout_ms: u64) -> Option<&'static str> {
+    if !(1..=DOWNTIME_LIMIT_MS_MAX).contains(&downtime_limit_ms) {
+        Some("downtime_limit_ms: it must be 1 to 3600000")
+    } else if !(1..=TIMEOUT_MS_MAX).contains(&timeout_ms) {
+        Some("timeout_ms: it must be 1 to 604800000")
+    } else {
+        None
     }
 }
 
@@ -152,6 +159,9 @@ pub const TIMEOUT_MS_MAX: u64 = 604_800_000;
 pub const BANDWIDTH_BITS_PER_S_MIN: u64 = 1_000_000;
 /// The default of [`MigrateRequest::downtime_limit_ms`].
 pub const DOWNTIME_LIMIT_MS_DEFAULT: u64 = 50;
+/// The default of [`SnapshotRequest::downtime_limit_ms`]: nobody waits for an answer of the guest's from elsewhere, and a
+/// disk's rate varies more than a link's.
+pub const SNAPSHOT_DOWNTIME_LIMIT_MS_DEFAULT: u64 = 300;
 /// The default of [`MigrateRequest::timeout_ms`]: ten minutes.
 pub const TIMEOUT_MS_DEFAULT: u64 = 600_000;
 
@@ -159,20 +169,24 @@ fn default_downtime_limit_ms() -> u64 {
     DOWNTIME_LIMIT_MS_DEFAULT
 }
 
+fn default_snapshot_downtime_limit_ms() -> u64 {
+    SNAPSHOT_DOWNTIME_LIMIT_MS_DEFAULT
+}
+
 fn default_timeout_ms() -> u64 {
     TIMEOUT_MS_DEFAULT
 }
 
-/// What a migration that doesn't converge in time does.
+/// What a migration or a live snapshot that doesn't converge in time does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnTimeout {
-    /// The guest stays at the source.
+    /// It is given up; the guest stays at the source.
     #[default]
     Abort,
-    /// The guest is stopped and moved, whatever the downtime.
+    /// The guest is stopped and moved, or written, whatever the downtime.
     StopAndCopy,
-    /// The vCPUs are throttled until the migration converges.
+    /// The vCPUs are throttled until it converges.
     Throttle,
 }
 
@@ -185,6 +199,40 @@ pub struct SnapshotRequest {
     /// Whether the guest runs on while its RAM is written.
     #[serde(default)]
     pub live: bool,
+    /// Of a live one: the longest downtime that may be predicted when the guest is stopped, in milliseconds.
+    #[serde(default = "default_snapshot_downtime_limit_ms")]
+    pub downtime_limit_ms: u64,
+    /// Of a live one: the longest that memory may be written while the guest runs, in milliseconds.
+    #[serde(default = "default_timeout_ms")]
+    pub timeout_ms: u64,
+    /// Of a live one: what happens when `timeout_ms` is over.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+}
+
+impl SnapshotRequest {
+    /// With the limits that a request has which names none.
+    #[must_use]
+    pub fn new(dir: std::path::PathBuf, live: bool) -> Self {
+        Self {
+            dir,
+            live,
+            downtime_limit_ms: SNAPSHOT_DOWNTIME_LIMIT_MS_DEFAULT,
+            timeout_ms: TIMEOUT_MS_DEFAULT,
+            on_timeout: OnTimeout::default(),
+        }
+    }
+
+    fn validate(&self) -> Result<(), ApiError> {
+        let limits = limits_problem(self.downtime_limit_ms, self.timeout_ms);
+        match limits {
+            _ if !self.dir.is_absolute() => {
+                Err(ApiError::bad_request("dir: it must be an absolute path"))
+            }
+            Some(problem) => Err(ApiError::bad_request(problem)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One message to the client that made a request.

@@ -175,9 +175,9 @@ fn help_is_complete() {
         "kernel mem cpus initrd cmdline disk net serial name control on-reboot hugepages cpu-model";
     let restores = "name control serial disk net lazy eager clock";
     let small = ["list", "info", "pause", "resume"].map(|command| (command, "json"));
-    let own =
-        [("stop", "force timeout json"), ("snapshot", "live json"), ("inspect", "json check")];
-    let big = [("run", runs), ("migrate", moves), ("restore", restores), ("cpu", "common")];
+    let own = [("stop", "force timeout json"), ("inspect", "json check"), ("cpu", "common")];
+    let saves = "live json downtime-limit timeout on-timeout";
+    let big = [("run", runs), ("migrate", moves), ("snapshot", saves), ("restore", restores)];
     for (command, options) in small.into_iter().chain(own).chain(big) {
         assert!(top.contains(&format!("  {command} ")), "{command} is missing");
         let help = world.says(&[command, "--help"]);

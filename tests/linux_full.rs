@@ -35,7 +35,7 @@ fn a_disk_and_a_snapshot_find_no_room() {
     vm.wait_for("filled");
     let small = inside(&vm, &dir);
     let snapshot = dir.path().join("snapshot");
-    for options in [&[][..], &["--live"]] {
+    for options in [&[][..], &["--live", "--downtime-limit", "10s"]] {
         let mut args = vec![snapshot.to_str().unwrap()];
         args.extend(options);
         let output = vm.tell("snapshot", &args);

@@ -171,7 +171,7 @@ fn snapshots_go_on_lazily_and_eagerly() {
             .option("--disk", disk.to_str().unwrap())
             .start();
         let last = snapshot(&mut vm, &still, &[]);
-        snapshot(&mut vm, &live, &["--live"]);
+        snapshot(&mut vm, &live, &["--live", "--downtime-limit", "10s"]);
         vm.ask("stop", &["--force"]);
         vm.wait().check_status(0);
         sleep(AGE);

@@ -68,8 +68,8 @@ pub struct Progress {
 
 /// Watches a migration and may cancel it.
 ///
-/// Asked between chunks and, while the peer keeps still, about every 100 ms. From commitment on the
-/// answer has no effect.
+/// Asked between chunks and, while the peer keeps still, about every 100 ms. From a migration's
+/// commitment on the answer has no effect.
 pub trait Observer {
     /// Sees the progress, decides.
     fn observe(&mut self, progress: &Progress) -> Flow;

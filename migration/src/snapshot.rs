@@ -20,10 +20,14 @@ use crate::plan::{MigrationId, Plan, Sections, Space};
 use crate::state::Section;
 use crate::wire::{self, Digest, StreamKind, WireError, record};
 
+mod files;
 mod partial;
+mod rounds;
 mod save;
+mod storage;
 
 pub use save::{NotSaved, Saved, save};
+pub use storage::{Step, Storage};
 
 /// The file of RAM.
 pub const MEMORY_FILE: &str = "memory";
@@ -79,6 +83,29 @@ pub enum SnapshotError {
         /// What it said.
         #[source]
         source: GuestError,
+    },
+    /// The time for the rounds is up.
+    #[error(
+        "no convergence: a stop would take {downtime_ms} ms; the guest dirties {dirty_mib_per_s} MiB/s and \
+         {write_mib_per_s} MiB/s are written (see --downtime-limit, --timeout, --on-timeout)"
+    )]
+    NoConvergence {
+        /// The downtime predicted last, in milliseconds.
+        downtime_ms: u128,
+        /// The dirty rate.
+        dirty_mib_per_s: u64,
+        /// The rate of writing.
+        write_mib_per_s: u64,
+    },
+    /// The limit can't be met by any guest on this host.
+    #[error(
+        "a stop takes {fixed_ms} ms before the first page, over the limit of {limit_ms} ms: raise --downtime-limit"
+    )]
+    Unreachable {
+        /// What stopping the guest and saving its state take, in milliseconds.
+        fixed_ms: u128,
+        /// The downtime limit, in milliseconds.
+        limit_ms: u128,
     },
     /// The observer said so.
     #[error("cancelled")]
@@ -309,3 +336,6 @@ fn file_error(doing: &'static str, path: &Path, source: io::Error) -> SnapshotEr
 #[cfg(test)]
 #[path = "snapshot_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod save_tests;

@@ -2,13 +2,14 @@
 
 use std::fs;
 
+use super::save_tests::{AtOnce, EASY};
 use super::*;
 use crate::channel::Flow;
 use crate::report::Progress;
 use crate::testing::guest::{FakeLive, Habits};
 use crate::testing::world::World;
 
-fn header() -> Header {
+pub(super) fn header() -> Header {
     let plan = Plan {
         name: String::new(),
         paused: false,
@@ -29,7 +30,8 @@ fn made(live: bool, seed: u64) -> (tempfile::TempDir, World) {
     let world = World::new(None);
     let guest = FakeLive::new(&world, seed, Habits { dirties: 2, ..Habits::default() });
     let mut observer = |_: &Progress| Flow::Continue;
-    let saved = save(&dir.path().join("s"), guest, header(), live, &mut observer);
+    let live = live.then_some(EASY);
+    let saved = save(&dir.path().join("s"), guest, header(), live, &mut AtOnce, &mut observer);
     let saved = saved.map_err(|not| not.error).unwrap();
     assert!(saved.pages > 0 && world.state().running().0, "the guest goes on");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else is left");
@@ -106,7 +108,7 @@ fn a_failed_snapshot_leaves_nothing_and_the_guest_running() {
         let world = World::new(None);
         let guest = FakeLive::new(&world, 3, Habits::default());
         let mut observer = |_: &Progress| flow;
-        let not = save(path, guest, header(), false, &mut observer).err().unwrap();
+        let not = save(path, guest, header(), None, &mut AtOnce, &mut observer).err().unwrap();
         assert!(not.guest.is_ok() && world.state().running().0);
         not.error.to_string()
     };

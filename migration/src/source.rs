@@ -32,7 +32,9 @@ pub use aborted::{Aborted, Place, Stayed};
 pub use doubt::{Decision, InDoubt};
 pub use handover::{Commitment, Moved, Stopped};
 pub use precopy::Copied;
+pub(crate) use precopy::REST;
 pub use sender::WINDOW_PAGES;
+pub(crate) use sender::share;
 
 /// Round trips measured at reservation.
 const PINGS: u64 = 3;

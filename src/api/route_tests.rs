@@ -36,7 +36,7 @@ fn every_request_survives_the_wire() {
         Request::Stop { force: true },
         Request::Migrate(migrate),
         Request::CancelMigration,
-        Request::Snapshot(SnapshotRequest { dir: "/snap".into(), live: true }),
+        Request::Snapshot(SnapshotRequest::new("/snap".into(), true)),
         Request::CancelSnapshot,
     ] {
         let (method, path, body) = write(&request);

@@ -102,7 +102,7 @@ fn requests_are_answered_one_after_another_on_one_connection() {
 fn progress_is_streamed_to_who_asks_for_it() {
     let fake = Fake::start(echo);
     let mut client = fake.client();
-    let request = Request::Snapshot(SnapshotRequest { dir: "/snap".into(), live: false });
+    let request = Request::Snapshot(SnapshotRequest::new("/snap".into(), false));
     let mut seen = Vec::new();
     let end = client.call_with_progress(&request, SECONDS, |value| seen.push(value));
     assert_eq!(end.expect("the end"), json!({ "bytes": 7 }));

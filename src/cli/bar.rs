@@ -99,7 +99,8 @@ impl Bar {
             let _ = write!(text, " · {bytes} {} · {}/s", self.done, format_measured(rate));
             last = vec![format!("{}/s", format_measured(rate)), bytes];
             let us = left.saturating_mul(PAGE_BYTES).saturating_mul(1_000_000).checked_div(rate);
-            if let (Some(us), true) = (us, self.pages > 0) {
+            // What is made durable at the end takes what it takes.
+            if let (Some(us), true) = (us, self.pages > 0 && stage != "commitment") {
                 let _ = write!(text, " · {} left", seconds(us));
                 short.push(format!("{} left", seconds(us)));
             }

@@ -12,16 +12,15 @@ use serde_json::Value;
 use super::args::{Arg, Args, Stop, usage, utf8};
 use super::here::Here;
 use super::keep::{self, KeepArgs};
+use super::limits::{self, LimitOptions};
 use super::listen::{self, ListenArgs};
 use super::progress::Display;
-use super::units::{parse_bit_rate, parse_duration_ms};
+use super::units::parse_bit_rate;
 use super::{Error, Outcome, print, print_json, progress};
 use crate::api::client::{Client, ClientError};
 use crate::api::socket;
 use crate::config::SerialTarget;
-use crate::event::{
-    DOWNTIME_LIMIT_MS_DEFAULT, MigrateRequest, OnTimeout, Request, Resolution, TIMEOUT_MS_DEFAULT,
-};
+use crate::event::{DOWNTIME_LIMIT_MS_DEFAULT, MigrateRequest, Request, Resolution};
 use crate::log;
 use crate::migrate::uri::Uri;
 use crate::signals;
@@ -88,9 +87,7 @@ struct Raw {
     connect: Option<String>,
     cancel: bool,
     resolve: Option<String>,
-    downtime_limit: Option<String>,
-    timeout: Option<String>,
-    on_timeout: Option<String>,
+    limits: LimitOptions,
     bandwidth: Option<String>,
     dry_run: bool,
     json: bool,
@@ -140,16 +137,13 @@ impl Raw {
             "connect" => args.text_once(name, &mut self.connect)?,
             "cancel" => self.cancel = true,
             "resolve" => args.text_once(name, &mut self.resolve)?,
-            "downtime-limit" => args.text_once(name, &mut self.downtime_limit)?,
-            "timeout" => args.text_once(name, &mut self.timeout)?,
-            "on-timeout" => args.text_once(name, &mut self.on_timeout)?,
             "bandwidth" => args.text_once(name, &mut self.bandwidth)?,
             "dry-run" => self.dry_run = true,
             "json" => self.json = true,
             "once" => self.once = true,
             "keep" => self.keep = true,
             "only-listed" => self.only_listed = true,
-            _ if self.here.option(args, name)? => {}
+            _ if self.limits.option(args, name)? || self.here.option(args, name)? => {}
             _ => return Err(args.unknown(name)),
         }
         Ok(())
@@ -193,22 +187,7 @@ impl Raw {
     }
 
     fn request(&self, uri: Uri) -> Result<MigrateRequest, Stop> {
-        let time = |option: &str, text: &Option<String>, default| match text {
-            None => Ok(default),
-            Some(text) => {
-                parse_duration_ms(text).map_err(|e| usage(format!("--{option} '{text}': {e}")))
-            }
-        };
-        let on_timeout = match self.on_timeout.as_deref() {
-            None | Some("abort") => OnTimeout::Abort,
-            Some("stop-and-copy") => OnTimeout::StopAndCopy,
-            Some("throttle") => OnTimeout::Throttle,
-            Some(other) => {
-                return Err(usage(format!(
-                    "--on-timeout '{other}': it takes abort, stop-and-copy or throttle"
-                )));
-            }
-        };
+        let limits = self.limits.read(DOWNTIME_LIMIT_MS_DEFAULT)?;
         let bandwidth_bits_per_s = match &self.bandwidth {
             None => None,
             Some(text) => Some(
@@ -217,13 +196,9 @@ impl Raw {
         };
         Ok(MigrateRequest {
             uri: absolute_uri(uri)?,
-            downtime_limit_ms: time(
-                "downtime-limit",
-                &self.downtime_limit,
-                DOWNTIME_LIMIT_MS_DEFAULT,
-            )?,
-            timeout_ms: time("timeout", &self.timeout, TIMEOUT_MS_DEFAULT)?,
-            on_timeout,
+            downtime_limit_ms: limits.downtime_limit_ms,
+            timeout_ms: limits.timeout_ms,
+            on_timeout: limits.on_timeout,
             bandwidth_bits_per_s,
             dry_run: self.dry_run,
         })
@@ -263,10 +238,8 @@ impl Raw {
 fn in_options(message: &str) -> String {
     match message.split_once(": ") {
         Some(("uri", why)) => format!("--connect: {why}"),
-        Some(("downtime_limit_ms", _)) => "--downtime-limit: it takes 1ms to 1h".to_owned(),
-        Some(("timeout_ms", _)) => "--timeout: it takes 1ms to 168h".to_owned(),
         Some(("bandwidth_bits_per_s", _)) => "--bandwidth: it takes at least 1M".to_owned(),
-        _ => message.to_owned(),
+        _ => limits::in_options(message).unwrap_or(message).to_owned(),
     }
 }
 

@@ -6,6 +6,7 @@ pub mod cpu;
 pub mod here;
 pub mod inspect;
 pub mod keep;
+pub mod limits;
 pub mod list;
 pub mod listen;
 pub mod migrate;

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 
 use super::args::{Arg, Args, Stop, absolute, usage, utf8};
 use super::here::Here;
+use super::limits::{LimitOptions, in_options};
 use super::listen::live;
 use super::migrate::{cancel_on_signal, error};
 use super::progress::{Display, milliseconds};
@@ -14,14 +15,14 @@ use super::{Outcome, print, print_json};
 use crate::api::client::Client;
 use crate::api::socket;
 use crate::downtime::Downtime;
-use crate::event::{Event, Request, SnapshotRequest};
+use crate::event::{Event, Request, SNAPSHOT_DOWNTIME_LIMIT_MS_DEFAULT, SnapshotRequest};
 use crate::migrate::arriving::{LocalHost, Overrides};
 use crate::migrate::restoring::{self, Load};
 use crate::signals;
 
 /// The help of `vmm snapshot`.
 pub const SNAPSHOT_HELP: &str = "\
-usage: vmm snapshot VM DIR [--live] [--json]
+usage: vmm snapshot VM DIR [--live [OPTION]...] [--json]
 
 Writes a VM's memory and state to DIR, which must not exist, and lets it go on as it was. DIR appears whole
 and on stable storage, or not at all: what a crash leaves is DIR.partial-ID, which the next snapshot to DIR
@@ -30,12 +31,18 @@ removes. VM is a name or a control socket's path.
 Disks are not in it: they are files of yours. To copy them at the same moment, pause the VM first, and
 resume it when both are done. A restored guest has to find its disks as they were.
 
-  --live   let the guest run while most of its memory is written (default: it stands meanwhile): in rounds,
-           until at most 4 MiB have changed in one, or a round is hardly shorter than the one before; the
-           guest stands while the last is written
+  --live   let the guest run while most of its memory is written (default: it stands meanwhile), in rounds, until
+           what it has changed in the last can be written while it stands for a moment; 'vmm migrate' does the same
   --json   progress and result as JSON, one object a line
 
-Ctrl-C cancels: nothing is left of the snapshot, and the guest runs on.
+with --live:
+  --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 300ms)
+  --timeout TIME          how long the rounds may take (default 10m)
+  --on-timeout WHAT       then: abort (default; no snapshot is written), stop-and-copy (whatever the downtime),
+                          throttle (slow the guest down until the limit is met; give up at twice TIME)
+
+The guest runs on while what was written is made durable (commitment). Ctrl-C cancels at any time: nothing is left of
+the snapshot, and the guest runs on.
 
 example: vmm snapshot web /var/lib/vmm/web.snap --live
 ";
@@ -69,11 +76,13 @@ example: vmm restore /var/lib/vmm/web.snap --name web2
 /// Wrong usage.
 pub fn snapshot(mut args: Args) -> Result<Outcome, Stop> {
     let (mut live, mut json, mut operands) = (false, false, Vec::new());
+    let (mut limits, mut live_only) = (LimitOptions::default(), None);
     while let Some(arg) = args.next_arg()? {
         match arg {
             Arg::Option(name) => match name.as_str() {
                 "live" => live = true,
                 "json" => json = true,
+                _ if limits.option(&mut args, &name)? => live_only = Some(name),
                 _ => return Err(args.unknown(&name)),
             },
             Arg::Operand(operand) => operands.push(utf8(operand, "VM or DIR")?),
@@ -81,16 +90,26 @@ pub fn snapshot(mut args: Args) -> Result<Outcome, Stop> {
     }
     let [vm, dir] = <[String; 2]>::try_from(operands)
         .map_err(|_| usage("a VM (its name or socket) and a directory to make are needed"))?;
-    let dir = absolute("DIR", &dir)?;
-    Ok(write(&vm, SnapshotRequest { dir, live }, json))
+    if let Some(option) = live_only.filter(|_| !live) {
+        return Err(usage(format!("--{option} goes with --live only")));
+    }
+    let limits = limits.read(SNAPSHOT_DOWNTIME_LIMIT_MS_DEFAULT)?;
+    let request = Request::Snapshot(SnapshotRequest {
+        dir: absolute("DIR", &dir)?,
+        live,
+        downtime_limit_ms: limits.downtime_limit_ms,
+        timeout_ms: limits.timeout_ms,
+        on_timeout: limits.on_timeout,
+    });
+    request.validate().map_err(|e| usage(in_options(&e.message).unwrap_or(&e.message)))?;
+    Ok(write(&vm, &request, json))
 }
 
-fn write(vm: &str, request: SnapshotRequest, json: bool) -> Outcome {
+fn write(vm: &str, request: &Request, json: bool) -> Outcome {
     cancel_on_signal(vm, Request::CancelSnapshot).map_err(RunError::Signals)?;
     let mut client = Client::connect(&socket::resolve(vm)?).map_err(|e| error(vm, e))?;
     let mut display = Display::new(json, "written");
-    let request = Request::Snapshot(request);
-    let result = client.call_with_progress(&request, None, |value| display.show(&value));
+    let result = client.call_with_progress(request, None, |value| display.show(&value));
     display.clear();
     let written = result.map_err(|e| error(vm, e))?;
     if json {

@@ -119,26 +119,28 @@ fn connect(uri: &Uri, observer: &mut dyn Observer) -> Result<(Channel, Option<Ca
 fn options(request: &MigrateRequest) -> Result<Options, rustix::io::Errno> {
     let mut id = [0; 16];
     rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
-    let on_timeout = match request.on_timeout {
-        OnTimeout::Abort => policy::OnTimeout::Abort,
-        OnTimeout::StopAndCopy => policy::OnTimeout::StopAndCopy,
-        OnTimeout::Throttle => policy::OnTimeout::Throttle,
-    };
-    let limits = Limits {
-        downtime: Duration::from_millis(request.downtime_limit_ms),
-        timeout: Duration::from_millis(request.timeout_ms),
-        on_timeout,
-    };
     let clock = SystemClock::default();
     Ok(Options {
         id: MigrationId(id),
         software: software(),
-        limits,
+        limits: limits(request.downtime_limit_ms, request.timeout_ms, request.on_timeout),
         bandwidth: request.bandwidth_bits_per_s.map(|bits| bits / 8),
         pages_checksum: Algorithm::fastest(|| clock.now()),
         deadlines: Deadlines::default(),
         dry_run: request.dry_run,
     })
+}
+
+/// The limits of a migration or a live snapshot, as the policy has them.
+pub(super) fn limits(downtime_limit_ms: u64, timeout_ms: u64, on_timeout: OnTimeout) -> Limits {
+    let on_timeout = match on_timeout {
+        OnTimeout::Abort => policy::OnTimeout::Abort,
+        OnTimeout::StopAndCopy => policy::OnTimeout::StopAndCopy,
+        OnTimeout::Throttle => policy::OnTimeout::Throttle,
+    };
+    let (downtime, timeout) =
+        (Duration::from_millis(downtime_limit_ms), Duration::from_millis(timeout_ms));
+    Limits { downtime, timeout, on_timeout }
 }
 
 fn settle(commitment: Commitment<LiveGuest>) -> Departure {

@@ -1,17 +1,20 @@
 //! Writes a VM to a directory; it goes on afterwards as it was.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use vmm_migration::channel::Flow;
 use vmm_migration::guest::Live;
 use vmm_migration::pages::PAGE_SIZE;
 use vmm_migration::plan::MigrationId;
 use vmm_migration::report::{Observer, micros};
-use vmm_migration::snapshot::{self, Header, NotSaved, Saved, SnapshotError};
+use vmm_migration::snapshot::{self, Header, NotSaved, Saved, SnapshotError, Step, Storage};
 
+use super::aside::aside;
 use super::leaving::LiveGuest;
-use super::outgoing::software;
+use super::outgoing::{limits, software};
 use crate::chain::chain;
 use crate::event::{ApiError, SnapshotRequest};
 use crate::vm::Vm;
@@ -30,7 +33,9 @@ pub fn write(
     };
     // Without a slash at its end, behind which a name beside it would be one inside it.
     let dir: PathBuf = request.dir.components().collect();
-    match snapshot::save(&dir, guest, header, request.live, observer) {
+    let limits = limits(request.downtime_limit_ms, request.timeout_ms, request.on_timeout);
+    let live = request.live.then_some(limits);
+    match snapshot::save(&dir, guest, header, live, &mut OnAThread, observer) {
         Ok(Saved { guest, header, pages, stood }) => {
             let vm = guest.into_vm();
             let was_running = matches!(vm, Vm::Running(_));
@@ -55,10 +60,25 @@ pub fn write(
     }
 }
 
+/// Storage may be slow: this thread answers its clients meanwhile.
+struct OnAThread;
+
+impl Storage for OnAThread {
+    fn take(&mut self, step: Step, poll: &mut dyn FnMut() -> Flow) -> io::Result<Flow> {
+        match aside("sync", move || step.take(), poll)? {
+            Some(taken) => taken.map(|()| Flow::Continue),
+            None => Ok(Flow::Cancel),
+        }
+    }
+}
+
 fn answer(error: &SnapshotError) -> ApiError {
     match error {
         SnapshotError::Cancelled => ApiError::conflict("the snapshot was cancelled"),
         SnapshotError::Exists(_) => ApiError::conflict(chain(error)),
+        SnapshotError::NoConvergence { .. } | SnapshotError::Unreachable { .. } => {
+            ApiError::conflict(format!("no snapshot was written: {}", chain(error)))
+        }
         _ => ApiError::internal(format!("no snapshot was written: {}", chain(error))),
     }
 }
@@ -74,4 +94,47 @@ fn header(guest: &mut LiveGuest) -> Result<Header, String> {
         created_unix_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
         plan: guest.plan(u16::MAX).map_err(|e| e.to_string())?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    /// A file that takes no more than a pipe does until somebody reads.
+    fn slow_write(bytes: usize) -> (std::io::PipeReader, Step) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let file = File::from(OwnedFd::from(writer));
+        (reader, Step::Write { file, path: "pipe".into(), bytes: vec![7; bytes] })
+    }
+
+    #[test]
+    fn who_waits_for_storage_looks_up_and_may_go() {
+        let (mut reader, step) = slow_write(1 << 20);
+        let mut looks = 0;
+        let mut poll = || {
+            looks += 1;
+            if looks == 3 { Flow::Cancel } else { Flow::Continue }
+        };
+        assert_eq!(OnAThread.take(step, &mut poll).unwrap(), Flow::Cancel);
+        assert_eq!(looks, 3);
+        // It goes on by itself.
+        let mut all = Vec::new();
+        assert_eq!(reader.read_to_end(&mut all).unwrap(), 1 << 20);
+
+        let (mut reader, step) = slow_write(1 << 20);
+        let mut read = 0;
+        let mut poll = || {
+            read += reader.read(&mut vec![0; 1 << 19]).unwrap();
+            Flow::Continue
+        };
+        assert_eq!(OnAThread.take(step, &mut poll).unwrap(), Flow::Continue);
+        assert!(read > 0);
+        let (reader, step) = slow_write(1 << 20);
+        drop(reader);
+        OnAThread.take(step, &mut || Flow::Continue).unwrap_err();
+    }
 }

@@ -123,6 +123,9 @@ impl Vm {
 /// A limit that a busy machine meets too.
 pub const EASY: [&str; 2] = ["--downtime-limit", "10s"];
 
+/// A live snapshot with that limit.
+pub const LIVE: [&str; 3] = ["--live", "--downtime-limit", "10s"];
+
 /// What `vmm migrate --listen` says that can't listen there.
 pub fn listen_output(uri: &str) -> Output {
     let mut command = Command::new(binary());

@@ -14,7 +14,7 @@ use crate::policy::{Decision, Fixed, Measured, Policy, Verdict};
 use crate::report::{Forecast, Observer, Round, Stage, micros};
 
 /// Between rounds that have little to send, where waiting is all there is to do.
-const REST: Duration = Duration::from_millis(100);
+pub(crate) const REST: Duration = Duration::from_millis(100);
 /// Rounds that a report lists; of more, the first and the last.
 const ROUNDS_LISTED_MAX: usize = 1000;
 

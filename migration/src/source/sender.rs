@@ -199,7 +199,7 @@ impl Sender {
 }
 
 /// `part` of `whole` of a span.
-fn share(time: Duration, part: u64, whole: u64) -> Duration {
+pub(crate) fn share(time: Duration, part: u64, whole: u64) -> Duration {
     let nanos = time.as_nanos() * u128::from(part) / u128::from(whole.max(1));
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
