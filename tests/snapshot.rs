@@ -6,12 +6,13 @@ mod support;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use serde_json::Value;
 use support::guests::Guest;
+use support::moves::LIVE;
 use support::vm::{LONG, Vm, binary, has_kvm};
 use vmm::config::SerialTarget;
 use vmm::downtime::Downtime;
@@ -118,7 +119,7 @@ fn a_running_guest_runs_on_and_so_do_its_copies() {
     }
     let mut vm = Vm::start(Guest::counter(), &[]);
     let mut heard = vm.read_some(HEARD);
-    let (_dir, path) = snapshot(&vm, &["--live"]);
+    let (_dir, path) = snapshot(&vm, &LIVE);
     heard.extend(vm.read_some(HEARD));
     assert_counts(&heard);
     assert!(vm.tell(&["info"]).contains("running"));
@@ -137,7 +138,7 @@ fn memory_is_what_it_was_live_or_not_lazy_or_eager() {
     if !has_kvm() {
         return;
     }
-    for live in [&[][..], &["--live"]] {
+    for live in [&[][..], &LIVE] {
         let mut vm = Vm::start(Guest::dirtier(24, 20), &[]);
         assert_intact(&mut vm);
         let (_dir, path) = snapshot(&vm, live);
@@ -156,12 +157,12 @@ fn a_copy_can_be_written_and_restored_again() {
     }
     let mut vm = Vm::start(Guest::dirtier(24, 20), &[]);
     assert_intact(&mut vm);
-    let (first_dir, first) = snapshot(&vm, &["--live"]);
+    let (first_dir, first) = snapshot(&vm, &LIVE);
     drop(vm);
     let before = fs::read(first.join("memory")).unwrap();
     let mut copy = Vm::restore(&first, &["--lazy"]);
     assert_intact(&mut copy);
-    let (_second_dir, second) = snapshot(&copy, &["--live"]);
+    let (_second_dir, second) = snapshot(&copy, &LIVE);
     assert_intact(&mut copy);
     drop(copy);
     assert!(before == fs::read(first.join("memory")).unwrap(), "the first snapshot hasn't changed");
@@ -203,38 +204,6 @@ fn every_copy_has_a_generation_of_its_own_and_a_moved_guest_its_old_one() {
     vm.tell(&["migrate", "--connect", &uri]);
     let (_dir, there) = snapshot(&moved, &[]);
     assert_eq!(generation(&there), ids[1]);
-}
-
-#[test]
-fn a_cancelled_snapshot_leaves_nothing() {
-    if !has_kvm() {
-        return;
-    }
-    let mut vm = Vm::start(Guest::dirtier(48, 20), &["--mem", "128M"]);
-    assert_intact(&mut vm);
-    let dir = tempfile::tempdir().unwrap();
-    for delay_ms in [0, 10, 40] {
-        let path = dir.path().join("snap");
-        let mut client = Command::new(binary());
-        client.arg("snapshot").arg(vm.place.path("vm.sock")).arg(&path).arg("--live");
-        let mut client = client.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(delay_ms));
-        let pid = rustix::process::Pid::from_child(&client);
-        // It may be over already, cancelled or not: either is whole.
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
-        let whole = client.wait().unwrap().success();
-        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path()).collect();
-        if whole {
-            assert_eq!(left, std::slice::from_ref(&path));
-            fs::remove_dir_all(&path).unwrap();
-        } else {
-            // A client that was killed before it asked for anything ends at once.
-            assert!(left.iter().all(|p| *p == path), "{left:?}");
-            let _ = fs::remove_dir_all(&path);
-        }
-        assert!(vm.tell(&["info"]).contains("running"));
-        assert_intact(&mut vm);
-    }
 }
 
 #[test]

@@ -4,13 +4,14 @@
 mod support;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use support::guests::Guest;
-use support::moves::{check_last_line, until};
+use support::moves::{LIVE, check_last_line, until};
 use support::vm::{Place, Vm, binary, has_kvm};
 
 /// Makes a small file system that is soon full, and runs what follows.
@@ -50,7 +51,7 @@ fn a_disk_that_is_full() {
     check_intact(&mut vm);
     let seen = PathBuf::from(format!("/proc/{}/root{}", vm.info()["pid"], small.display()));
     let dir = small.join("snap");
-    for live in [&[][..], &["--live"]] {
+    for live in [&[][..], &LIVE] {
         let failed = vm.place.tell(&[&["snapshot", dir.to_str().unwrap()], live].concat());
         assert_eq!(failed.status.code(), Some(1), "{failed:?}");
         let err = String::from_utf8(failed.stderr).unwrap();
@@ -72,28 +73,40 @@ fn is_written_in(place: &Path) -> bool {
     memory.is_some_and(|file| fs::metadata(file).is_ok_and(|memory| memory.len() > 0))
 }
 
-/// A VM that was stopped while it writes this snapshot, and the command that waits for it.
-fn caught_at(dir: &Path) -> (Vm, Child) {
-    let mut vm = Vm::start(dirtier(), &[]);
-    check_intact(&mut vm);
+/// Starts to take a snapshot.
+fn start_snapshot(vm: &Vm, dir: &Path, options: &[&str]) -> Child {
+    let mut command = Command::new(binary());
+    command.arg("snapshot").arg(vm.place.path("vm.sock")).arg(dir).args(options);
+    command.env_remove("VMM_LOG");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+/// Stops a VM while it writes this snapshot, and gives the command that waits for it.
+fn catch_at(vm: &Vm, dir: &Path, options: &[&str]) -> Child {
     let stat = PathBuf::from(format!("/proc/{}/stat", vm.info()["pid"]));
     let place = dir.parent().unwrap();
     loop {
-        let mut command = Command::new(binary());
-        command.arg("snapshot").arg(vm.place.path("vm.sock")).arg(dir).env_remove("VMM_LOG");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut client = command.spawn().unwrap();
+        let mut client = start_snapshot(vm, dir, options);
         while !is_written_in(place) && client.try_wait().unwrap().is_none() {}
         vm.signal(Signal::STOP);
         until("stands", || fs::read_to_string(&stat).unwrap().contains(") T "));
         if !dir.exists() && is_written_in(place) {
-            return (vm, client);
+            return client;
         }
         // It was quicker than we were.
         vm.signal(Signal::CONT);
         client.wait().unwrap();
         fs::remove_dir_all(dir).unwrap();
     }
+}
+
+/// A VM that was stopped while it writes this snapshot, and the command that waits for it.
+fn caught_at(dir: &Path) -> (Vm, Child) {
+    let mut vm = Vm::start(dirtier(), &[]);
+    check_intact(&mut vm);
+    let client = catch_at(&vm, dir, &[]);
+    (vm, client)
 }
 
 /// The command fails, and these words stand in its last line.
@@ -139,7 +152,7 @@ fn two_at_once_are_not_in_each_other_s_way() {
     let (mut slow, client) = caught_at(&dir);
     let mut quick = Vm::start(Guest::dirtier(8, 0), &[]);
     check_intact(&mut quick);
-    quick.tell(&["snapshot", dir.to_str().unwrap(), "--live"]);
+    quick.tell(&[&["snapshot", dir.to_str().unwrap()], &LIVE[..]].concat());
     assert_eq!(names(place.path()).len(), 2, "the other is still being written");
     let state = fs::read(dir.join("state")).unwrap();
     slow.signal(Signal::CONT);
@@ -158,16 +171,142 @@ fn how_long_the_guest_stood_is_told() {
     let mut vm = Vm::start(dirtier(), &[]);
     check_intact(&mut vm);
     let place = tempfile::tempdir().unwrap();
-    let snapshot = |vm: &Vm, name: &str, option: &str| {
+    let snapshot = |vm: &Vm, name: &str, options: &[&str]| {
         let dir = place.path().join(name);
-        vm.tell(&["snapshot", dir.to_str().unwrap(), option])
+        vm.tell(&[&["snapshot", dir.to_str().unwrap()], options].concat())
     };
-    let told = snapshot(&vm, "live", "--live");
+    let told = snapshot(&vm, "live", &LIVE);
     assert!(told.contains("of memory; the guest stood for ") && told.ends_with(" ms\n"), "{told}");
-    let told: Value = serde_json::from_str(&snapshot(&vm, "json", "--json")).unwrap();
+    let told: Value = serde_json::from_str(&snapshot(&vm, "json", &["--json"])).unwrap();
     assert!(told["stood_us"].as_u64() > Some(0), "{told}");
     check_intact(&mut vm);
     vm.tell(&["pause"]);
-    let told: Value = serde_json::from_str(&snapshot(&vm, "paused", "--json")).unwrap();
+    let told: Value = serde_json::from_str(&snapshot(&vm, "paused", &["--json"])).unwrap();
     assert!(told["paused"] == true && told["stood_us"].is_null(), "{told}");
+}
+
+/// Whatever is there of this name is whole.
+fn check_whole(dir: &Path) {
+    let mut inspect = Command::new(binary());
+    let output = inspect.arg("inspect").arg(dir).arg("--check").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn a_cancelled_snapshot_leaves_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vm = Vm::start(Guest::dirtier(48, 20), &["--mem", "128M"]);
+    check_intact(&mut vm);
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("snap");
+    for options in [&[][..], &LIVE] {
+        loop {
+            let client = catch_at(&vm, &dir, options);
+            let pid = Pid::from_child(&client);
+            kill_process(pid, Signal::INT).unwrap();
+            vm.signal(Signal::CONT);
+            let output = client.wait_with_output().unwrap();
+            assert!(vm.tell(&["info"]).contains("running"));
+            check_intact(&mut vm);
+            if !output.status.success() {
+                assert_eq!(output.status.code(), Some(1));
+                let err = String::from_utf8(output.stderr).unwrap();
+                check_last_line(&err, &["the snapshot was cancelled"]);
+                assert_eq!(names(place.path()), Vec::<PathBuf>::new(), "nothing is left");
+                break;
+            }
+            // The word came too late.
+            assert_eq!(names(place.path()), std::slice::from_ref(&dir));
+            check_whole(&dir);
+            fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+}
+
+/// What is there in the directory that a snapshot is written in, or of the snapshot's name.
+type Sign = fn(&Path) -> bool;
+
+fn has_bytes(file: &Path) -> bool {
+    fs::metadata(file).is_ok_and(|file| file.len() > 0)
+}
+
+const SIGNS: [Sign; 6] = [
+    |partial| partial.join("memory").exists(),
+    |partial| fs::metadata(partial.join("memory")).is_ok_and(|memory| memory.blocks() > 0),
+    |partial| fs::metadata(partial.join("memory")).is_ok_and(|memory| memory.blocks() > 40_000),
+    |partial| partial.join("state").exists(),
+    |partial| has_bytes(&partial.join("state")),
+    |partial| partial.ends_with("snap"),
+];
+
+#[test]
+fn a_vm_that_is_killed_at_any_moment_leaves_all_or_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("snap");
+    for (at, is_sign) in SIGNS.iter().enumerate() {
+        let mut vm = Vm::start(dirtier(), &[]);
+        check_intact(&mut vm);
+        let mut client = start_snapshot(&vm, &dir, &[]);
+        while !names(place.path()).iter().any(|path| is_sign(path))
+            && client.try_wait().unwrap().is_none()
+        {}
+        vm.signal(Signal::KILL);
+        vm.wait();
+        client.wait().unwrap();
+        let left = names(place.path());
+        let [left] = left.as_slice() else { panic!("sign {at}: {left:?}") };
+        if *left == dir {
+            check_whole(&dir);
+            check_restores(&dir);
+            fs::remove_dir_all(&dir).unwrap();
+        } else {
+            let name = left.file_name().unwrap().to_str().unwrap();
+            assert!(name.starts_with("snap.partial-"), "sign {at}: {name}");
+        }
+    }
+    let mut vm = Vm::start(dirtier(), &[]);
+    check_intact(&mut vm);
+    vm.tell(&["snapshot", dir.to_str().unwrap()]);
+    assert_eq!(names(place.path()), std::slice::from_ref(&dir));
+}
+
+#[test]
+fn a_live_one_keeps_its_limits_or_says_that_it_cannot() {
+    if !has_kvm() {
+        return;
+    }
+    let mut vm = Vm::start(dirtier(), &[]);
+    check_intact(&mut vm);
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("snap");
+    for (then, timeout, is_sure) in [
+        ("abort", "1h", true),
+        ("stop-and-copy", "1ms", true),
+        ("abort", "300ms", false),
+        ("throttle", "300ms", false),
+    ] {
+        let limit = if timeout == "1h" { "1h" } else { "1ms" };
+        let options = ["--downtime-limit", limit, "--timeout", timeout, "--on-timeout", then];
+        let output = start_snapshot(&vm, &dir, &[&["--live"], &options[..]].concat());
+        let output = output.wait_with_output().unwrap();
+        let err = String::from_utf8(output.stderr).unwrap();
+        check_intact(&mut vm);
+        if output.status.success() {
+            assert_eq!(names(place.path()), std::slice::from_ref(&dir));
+            check_restores(&dir);
+            fs::remove_dir_all(&dir).unwrap();
+            continue;
+        }
+        // How fast this machine is decides.
+        assert!(!is_sure, "{options:?}: {err}");
+        check_last_line(&err, &["no snapshot was written: ", "--downtime-limit"]);
+        assert_eq!(names(place.path()), Vec::<PathBuf>::new(), "nothing is left");
+    }
+    let refused = vm.place.tell(&["snapshot", dir.to_str().unwrap(), "--timeout", "1s"]);
+    assert_eq!(refused.status.code(), Some(2));
 }
