@@ -273,20 +273,8 @@ impl Memory {
         len: u64,
         mut visit: impl FnMut(u64, u64),
     ) -> io::Result<()> {
-        let (start, end) = (slot.file_offset + offset, slot.file_offset + offset + len);
-        let mut at = start;
-        while at < end {
-            let data = match seek(&self.file, SeekFrom::Data(at)) {
-                // No data up to the end of the file.
-                Err(Errno::NXIO) => break,
-                found => found?.min(end),
-            };
-            at = seek(&self.file, SeekFrom::Hole(data))?.min(end);
-            if at > data {
-                visit(data - slot.file_offset, at - data);
-            }
-        }
-        Ok(())
+        let start = slot.file_offset + offset;
+        data_in(&self.file, start, start + len, |at, len| visit(at - slot.file_offset, len))
     }
 
     /// Makes `len` bytes at `offset` of a slot read as zero. Whole huge pages go back to the host; a hole in
@@ -349,6 +337,29 @@ impl Memory {
 fn bitmap_of(region: &GuestRegionMmap<AtomicBitmap>) -> &AtomicBitmap {
     let mapping: &MmapRegion<AtomicBitmap> = region;
     mapping.bitmap()
+}
+
+/// Finds what a file has data for between two offsets: where each piece begins, and its length in bytes. The rest of it is
+/// holes.
+pub fn data_in(
+    file: &File,
+    start: u64,
+    end: u64,
+    mut visit: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mut at = start;
+    while at < end {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            // No data up to the end of the file.
+            Err(Errno::NXIO) => break,
+            found => found?.min(end),
+        };
+        at = seek(file, SeekFrom::Hole(data))?.min(end);
+        if at > data {
+            visit(data, at - data);
+        }
+    }
+    Ok(())
 }
 
 /// Adds every page that has some of `len` bytes at `offset`.

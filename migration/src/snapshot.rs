@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,8 @@ pub const STATE_FILE: &str = "state";
 /// Bytes of `memory` that one checksum covers.
 pub const BLOCK_LEN: usize = 1 << 20;
 
+/// Linux's: `open` doesn't wait for a pipe's other end.
+const O_NONBLOCK: i32 = 0o4000;
 const SUM_LEN: usize = 8;
 const SUMS_PER_RECORD: usize = 32 << 10;
 
@@ -145,20 +147,11 @@ impl Snapshot {
     /// # Errors
     /// A file is missing, cut short, longer, of a newer version or damaged.
     pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
-        let open = |name: &str| {
-            let path = dir.join(name);
-            let error = |source| file_error("open", &path, source);
-            File::open(&path).map_err(error)
-        };
-        let (state, memory) = (open(STATE_FILE)?, open(MEMORY_FILE)?);
-        let memory_len = memory
-            .metadata()
-            .map_err(|source| file_error("open", &dir.join(MEMORY_FILE), source))?
-            .len();
+        let (state, _) = open(&dir.join(STATE_FILE))?;
+        let (memory, memory_len) = open(&dir.join(MEMORY_FILE))?;
         let mut reader = StateReader::new(BufReader::new(state))?;
         let snapshot = reader.read(memory)?;
-        let ram = snapshot.ram();
-        let expected = ram.pages() * PAGE_SIZE as u64;
+        let expected = snapshot.memory_len();
         if memory_len != expected {
             return Err(SnapshotError::Damaged(format!(
                 "its memory has {memory_len} bytes, its state says {expected}"
@@ -181,10 +174,16 @@ impl Snapshot {
         self.header.plan.ram().expect("checked when it was opened")
     }
 
+    /// Bytes of `memory`.
+    #[must_use]
+    pub fn memory_len(&self) -> u64 {
+        self.ram().pages() * PAGE_SIZE as u64
+    }
+
     /// How many blocks `memory` has, the last perhaps a short one.
     #[must_use]
     pub fn blocks(&self) -> u64 {
-        (self.ram().pages() * PAGE_SIZE as u64).div_ceil(BLOCK_LEN as u64)
+        self.memory_len().div_ceil(BLOCK_LEN as u64)
     }
 
     /// The blocks that hold anything, ascending. The rest of `memory` is zero.
@@ -201,9 +200,8 @@ impl Snapshot {
     /// # Panics
     /// If `into` is shorter than [`BLOCK_LEN`].
     pub fn read_block(&self, block: u32, into: &mut [u8]) -> Result<usize, SnapshotError> {
-        let total = self.ram().pages() * PAGE_SIZE as u64;
         let offset = u64::from(block) * BLOCK_LEN as u64;
-        let len = total.saturating_sub(offset).min(BLOCK_LEN as u64);
+        let len = self.memory_len().saturating_sub(offset).min(BLOCK_LEN as u64);
         let len = usize::try_from(len).expect("at most 1 MiB");
         let into = &mut into[..len];
         let read = self.memory.read_exact_at(into, offset);
@@ -217,6 +215,19 @@ impl Snapshot {
         }
         Ok(len)
     }
+}
+
+/// Opens a file of a snapshot, and gives its length. What is no file is refused: nobody knows when a pipe has a writer, and a
+/// device may be anything.
+fn open(path: &Path) -> Result<(File, u64), SnapshotError> {
+    let error = |source| file_error("open", path, source);
+    let mut options = File::options();
+    let file = options.read(true).custom_flags(O_NONBLOCK).open(path).map_err(error)?;
+    let metadata = file.metadata().map_err(error)?;
+    if !metadata.is_file() {
+        return Err(error(io::Error::other("it is no regular file")));
+    }
+    Ok((file, metadata.len()))
 }
 
 /// Reads the records of `state` in order.
@@ -274,7 +285,10 @@ impl<R: Read> StateReader<R> {
                     }
                     break end;
                 }
-                kind => return Err(WireError::UnknownRecord { kind }.into()),
+                kind => match wire::record_name(kind) {
+                    "unknown" => return Err(WireError::UnknownRecord { kind }.into()),
+                    name => return Err(damaged(&format!("a record {name} is out of place"))),
+                },
             }
         };
         if self.input.read(&mut [0]).map_err(WireError::from)? != 0 {

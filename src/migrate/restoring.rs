@@ -1,5 +1,6 @@
 //! A guest out of a snapshot's directory: run at once over its memory file, or loaded first.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_devices::power::Power;
 use vmm_migration::pages::{self, is_zero};
-use vmm_migration::snapshot::{BLOCK_LEN, Snapshot, SnapshotError};
+use vmm_migration::snapshot::{BLOCK_LEN, MEMORY_FILE, Snapshot, SnapshotError};
 
 use super::arriving::{self, Arrived, LocalHost};
 use super::cpu::{self, Offer};
@@ -20,7 +21,7 @@ use crate::backend::disk::Locking;
 use crate::console::{Console, ConsoleError};
 use crate::downtime::Downtime;
 use crate::machine::{Machine, MachineError, Origin, RestoreMachineError};
-use crate::memory::{Backing, Memory};
+use crate::memory::{Backing, Memory, data_in};
 use crate::vm::Vm;
 
 /// Threads that load memory, at most: more than this many wait for the disk, not for CPUs.
@@ -171,13 +172,26 @@ enum FillError {
     Memory(vm_memory::GuestMemoryError),
 }
 
+/// The blocks that hold anything: those whose checksums are listed, and any other that isn't a hole, which is checked too.
+fn blocks(snapshot: &Snapshot) -> Result<Vec<u32>, SnapshotError> {
+    let mut blocks: BTreeSet<u32> = snapshot.used_blocks().collect();
+    let failed = |source| SnapshotError::File { doing: "read", path: MEMORY_FILE.into(), source };
+    let found = data_in(&snapshot.memory, 0, snapshot.memory_len(), |at, len| {
+        let (first, last) = (at / BLOCK_LEN as u64, (at + len - 1) / BLOCK_LEN as u64);
+        // More blocks than these can't be named.
+        blocks.extend((first..=last).filter_map(|block| u32::try_from(block).ok()));
+    });
+    found.map_err(failed)?;
+    Ok(blocks.into_iter().collect())
+}
+
 /// Loads every block that holds anything, on as many threads as there are CPUs.
 fn fill(
     snapshot: &Snapshot,
     memory: &Memory,
     cancelled: &dyn Fn() -> bool,
 ) -> Result<(), FillError> {
-    let blocks: Vec<u32> = snapshot.used_blocks().collect();
+    let blocks = blocks(snapshot).map_err(FillError::Snapshot)?;
     let next = AtomicUsize::new(0);
     let load_one = |buffer: &mut [u8]| -> Result<bool, FillError> {
         let Some(&block) = blocks.get(next.fetch_add(1, Ordering::Relaxed)) else {
