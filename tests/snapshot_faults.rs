@@ -181,8 +181,12 @@ fn how_long_the_guest_stood_is_told() {
     assert!(told["stood_us"].as_u64() > Some(0), "{told}");
     check_intact(&mut vm);
     vm.tell(&["pause"]);
-    let told: Value = serde_json::from_str(&snapshot(&vm, "paused", &["--json"])).unwrap();
-    assert!(told["paused"] == true && told["stood_us"].is_null(), "{told}");
+    for (name, options) in [("paused", &["--json"][..]), ("paused-live", &["--json", "--live"])] {
+        let told: Value = serde_json::from_str(&snapshot(&vm, name, options)).unwrap();
+        assert!(told["paused"] == true && told["stood_us"].is_null(), "{told}");
+    }
+    vm.tell(&["resume"]);
+    check_intact(&mut vm);
 }
 
 /// Whatever is there of this name is whole.

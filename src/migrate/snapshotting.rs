@@ -98,11 +98,18 @@ fn header(guest: &mut LiveGuest) -> Result<Header, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
     use std::fs::File;
     use std::io::Read;
     use std::os::fd::OwnedFd;
+    use std::sync::mpsc;
+
+    use vmm_migration::report::{Progress, Stage};
 
     use super::*;
+    use crate::config::Config;
+    use crate::event::{Answer, Event, Reply, Request};
+    use crate::watch::{Errand, Watch};
 
     /// A file that takes no more than a pipe does until somebody reads.
     fn slow_write(bytes: usize) -> (std::io::PipeReader, Step) {
@@ -136,5 +143,52 @@ mod tests {
         let (reader, step) = slow_write(1 << 20);
         drop(reader);
         OnAThread.take(step, &mut || Flow::Continue).unwrap_err();
+    }
+
+    /// The control thread as it waits for a disk that never comes to an end: it tells where it is, and ends when it is told.
+    #[test]
+    fn clients_are_heard_while_storage_is_slow() {
+        let golden = include_str!("../config/golden-v1.json");
+        let config = Config::restore(golden.lines().next().unwrap().as_bytes()).unwrap();
+        let (events, inbox) = mpsc::channel();
+        let ask = |request| {
+            let (reply, answers) = Reply::channel();
+            events.send(Event::Request { request, reply }).unwrap();
+            answers
+        };
+        let answer = |answers: &mpsc::Receiver<Answer>| match answers.try_recv().unwrap() {
+            Answer::Done(told) => told,
+            other => panic!("{other:?}"),
+        };
+        let progress = Progress { stage: Stage::Commitment, ..Progress::default() };
+        let mut deferred = VecDeque::new();
+        let mut watch = Watch::new(Errand::Snapshot, &inbox, &mut deferred, &config, None);
+
+        let (_reader, step) = slow_write(1 << 20);
+        let (info, pause) = (ask(Request::Info), ask(Request::Pause));
+        let mut cancel = None;
+        let mut poll = || {
+            let flow = watch.observe(&progress);
+            cancel.get_or_insert_with(|| ask(Request::CancelSnapshot));
+            flow
+        };
+        assert_eq!(OnAThread.take(step, &mut poll).unwrap(), Flow::Cancel);
+        let info = answer(&info).unwrap();
+        assert_eq!(
+            (&info["state"], &info["snapshot"]["stage"]),
+            (&"snapshotting".into(), &"commitment".into())
+        );
+        assert_eq!(answer(&pause).unwrap_err().status, 409);
+        assert_eq!(answer(&cancel.unwrap()).unwrap(), json!({}));
+
+        let mut watch = Watch::new(Errand::Snapshot, &inbox, &mut deferred, &config, None);
+        let (_reader, step) = slow_write(1 << 20);
+        events.send(Event::Signal(15)).unwrap();
+        let mut poll = || watch.observe(&progress);
+        assert_eq!(OnAThread.take(step, &mut poll).unwrap(), Flow::Cancel);
+        assert!(
+            matches!(deferred.pop_front(), Some(Event::Signal(15))),
+            "it is acted on afterwards"
+        );
     }
 }
