@@ -31,18 +31,19 @@ removes. VM is a name or a control socket's path.
 Disks are not in it: they are files of yours. To copy them at the same moment, pause the VM first, and
 resume it when both are done. A restored guest has to find its disks as they were.
 
-  --live   let the guest run while most of its memory is written (default: it stands meanwhile), in rounds, until
-           what it has changed in the last can be written while it stands for a moment; 'vmm migrate' does the same
+  --live   let the guest run while most of its memory is written (default: it stands meanwhile), in rounds
+           like those of 'vmm migrate', until it need stand only for a moment for what it has changed since
   --json   progress and result as JSON, one object a line
 
 with --live:
   --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 300ms)
   --timeout TIME          how long the rounds may take (default 10m)
-  --on-timeout WHAT       then: abort (default; no snapshot is written), stop-and-copy (whatever the downtime),
-                          throttle (slow the guest down until the limit is met; give up at twice TIME)
+  --on-timeout WHAT       then: abort (default; no snapshot is written), stop-and-copy (whatever the
+                          downtime), throttle (slow the guest down until the limit is met; give up at
+                          twice TIME)
 
-The guest runs on while what was written is made durable (commitment). Ctrl-C cancels at any time: nothing is left of
-the snapshot, and the guest runs on.
+The guest runs on while what was written is made durable (commitment). Ctrl-C cancels at any time: nothing
+is left of the snapshot, and the guest runs on.
 
 example: vmm snapshot web /var/lib/vmm/web.snap --live
 ";
