@@ -306,17 +306,27 @@ fn each_slow_step_is_watched_and_can_be_cancelled() {
 /// What stopping the fake guest takes, by its example.
 const STOP: Duration = Duration::from_micros(100);
 
-/// Takes a live snapshot of a guest that dirties a lot; gives what came of it, the rounds and the throttle.
+/// Leaves syncs out: what a disk takes for them is nobody's to say.
+struct Unsynced;
+
+impl Storage for Unsynced {
+    fn take(&mut self, step: Step, poll: &mut dyn FnMut() -> Flow) -> io::Result<Flow> {
+        if matches!(step, Step::Sync { .. }) { Ok(Flow::Continue) } else { AtOnce.take(step, poll) }
+    }
+}
+
+/// Takes a live snapshot of a guest that dirties a lot, cancelled in round 3 unless it may be throttled; gives what came of
+/// it, the last round and the throttle.
 fn within(downtime: Duration, timeout: Duration, on_timeout: OnTimeout) -> (String, u32, u8) {
     let (place, world) = (Place::new(), World::new(None));
     let (mut rounds, mut throttle) = (0, 0);
     let mut watch = |progress: &Progress| {
         (rounds, throttle) = (rounds.max(progress.round), throttle.max(progress.throttle_percent));
-        Flow::Continue
+        if rounds == 3 && on_timeout != OnTimeout::Throttle { Flow::Cancel } else { Flow::Continue }
     };
     let limits = Limits { downtime, timeout, on_timeout };
     let dir = place.path().join("s");
-    let saved = save(&dir, guest(&world, 8), header(), Some(limits), &mut AtOnce, &mut watch);
+    let saved = save(&dir, guest(&world, 8), header(), Some(limits), &mut Unsynced, &mut watch);
     assert!(world.state().running().0 && world.state().breaches.is_empty());
     let told = match saved {
         Ok(_) => {
@@ -334,7 +344,7 @@ fn within(downtime: Duration, timeout: Duration, on_timeout: OnTimeout) -> (Stri
 #[test]
 fn a_limit_that_cannot_be_met_ends_it_or_not_as_is_asked() {
     let (no_time, long) = (Duration::ZERO, Duration::from_secs(3600));
-    let (told, ..) = within(STOP / 2, long, OnTimeout::Abort);
+    let (told, ..) = within(Duration::ZERO, no_time, OnTimeout::Abort);
     assert!(told.ends_with("over the limit of 0 ms: raise --downtime-limit"), "{told}");
     let (told, ..) = within(STOP, no_time, OnTimeout::Abort);
     assert!(
@@ -343,12 +353,11 @@ fn a_limit_that_cannot_be_met_ends_it_or_not_as_is_asked() {
     );
     assert_eq!(within(STOP, no_time, OnTimeout::StopAndCopy), (String::new(), 0, 0));
     // Rounds go on as long as they may.
-    let (told, rounds, _) = within(STOP, Duration::from_millis(50), OnTimeout::Abort);
-    assert!(told.starts_with("no convergence: ") && rounds > 0, "{rounds}: {told}");
+    assert_eq!(within(STOP, long, OnTimeout::Abort), ("cancelled".to_owned(), 3, 0));
 }
 
 #[test]
 fn a_guest_that_dirties_too_fast_is_slowed_down_until_it_does_not() {
-    let (told, rounds, throttle) = within(STOP, Duration::from_secs(1), OnTimeout::Throttle);
+    let (told, rounds, throttle) = within(STOP, Duration::from_secs(2), OnTimeout::Throttle);
     assert!(told.is_empty() && rounds > 0 && throttle > 0, "{rounds}, {throttle} %: {told}");
 }
