@@ -8,19 +8,19 @@ mod linux;
 mod load;
 #[path = "support/net.rs"]
 mod net;
+#[path = "support/talk.rs"]
+mod talk;
 #[path = "support/travel.rs"]
 mod travel;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::process::Command;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use linux::{Guest, LONG};
+use linux::Guest;
 use load::Load;
 use net::ip;
+use talk::{Talk, until};
 use travel::Trip;
 
 const NAME: &str = "a_connection_follows_its_guest_to_another_host";
@@ -28,8 +28,6 @@ const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x2a];
 const SERVER: &str = "10.77.0.1:7001";
 const PORT: u16 = 4444;
 const DESTINATION: &str = "tcp:10.77.0.2:4444";
-/// Where the two tests talk to each other, a line of JSON at a time.
-const TALK: &str = "10.77.0.2:4445";
 
 /// The host's address moves from its Ethernet to a bridge, which has a TAP for the guest too.
 fn bridge(host: &str) {
@@ -96,30 +94,6 @@ fn announcements() -> Vec<u64> {
     counts
 }
 
-#[track_caller]
-fn until<T>(what: &str, mut attempt: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(value) = attempt() {
-            return value;
-        }
-        assert!(start.elapsed() < LONG, "not in {LONG:?}: {what}");
-        sleep(Duration::from_millis(100));
-    }
-}
-
-fn say(stream: &mut TcpStream, word: &serde_json::Value) {
-    writeln!(stream, "{word}").unwrap();
-}
-
-#[track_caller]
-fn hear(reader: &mut impl BufRead) -> serde_json::Value {
-    let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
-    serde_json::from_str(&line)
-        .unwrap_or_else(|e| panic!("the other host's test says {line:?}: {e}"))
-}
-
 /// Host 1: the guest works with the server here, and leaves.
 fn source() {
     bridge("1");
@@ -134,12 +108,11 @@ fn source() {
         .file("load", load::program())
         .run(&load.script(NAME));
     // Its first frames, which ask everyone where the server is, are to reach host 2 as well.
-    let mut talk = until("host 2 awaits the guest", || TcpStream::connect(TALK).ok());
-    let mut reader = BufReader::new(talk.try_clone().unwrap());
+    let mut talk = Talk::connect();
     let mut trip = Trip::start(guest);
     trip.clock();
     assert_eq!(learned(), Some("tap0"));
-    assert_eq!(hear(&mut reader)["learned"], "eth0", "host 2 has never heard of the guest");
+    assert_eq!(talk.hear()["learned"], "eth0", "host 2 has never heard of the guest");
     assert_eq!(announcements(), [0, 0, 0]);
     trip.type_line();
     trip.hears();
@@ -150,25 +123,24 @@ fn source() {
     });
     eprintln!("RARP, and gratuitous ARP of the VMM and of the guest: {counts:?} frames");
     assert_eq!(learned(), Some("eth0"));
-    say(&mut talk, &serde_json::json!({ "console": trip.console(), "typed": 1 }));
+    talk.say(&serde_json::json!({ "console": trip.console(), "typed": 1 }));
     // The guest ends its connection there.
     let served = server.join().unwrap();
-    let blocks = hear(&mut reader)["stream_blocks"].as_u64().unwrap();
+    let blocks = talk.hear()["stream_blocks"].as_u64().unwrap();
     assert_eq!(served, Ok(blocks));
 }
 
 /// Host 2: takes the guest in, and sees it to its end.
 fn destination() {
     bridge("2");
-    let talk = TcpListener::bind(TALK).unwrap();
+    let listener = Talk::listen();
     let mut trip = Trip::expect(PORT, &[]);
-    let (mut talk, _) = talk.accept().unwrap();
-    let mut reader = BufReader::new(talk.try_clone().unwrap());
+    let mut talk = Talk::accept(&listener);
     // From its frames to everyone, as from those that flooded before: what is sent to the guest from
     // there would go nowhere, were this not to change.
     until("the guest was heard of", learned);
-    say(&mut talk, &serde_json::json!({ "learned": learned() }));
-    let word = hear(&mut reader);
+    talk.say(&serde_json::json!({ "learned": learned() }));
+    let word = talk.hear();
     assert_eq!(learned(), Some("tap0"));
     trip.take_over(word["console"].as_str().unwrap().to_owned(), word["typed"].as_u64().unwrap());
     trip.type_line();
@@ -177,7 +149,7 @@ fn destination() {
     // Words of the connection from after the move.
     trip.clock();
     let told = trip.finish();
-    say(&mut talk, &serde_json::json!({ "stream_blocks": told.number("stream_blocks") }));
+    talk.say(&serde_json::json!({ "stream_blocks": told.number("stream_blocks") }));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! clocks are watched from inside and outside, and nothing may be lost. Also what a move may meet: a paused
 //! guest, a change of mind.
 
+#[path = "support/image.rs"]
+mod image;
 #[path = "support/linux.rs"]
 mod linux;
 #[path = "support/load.rs"]
@@ -13,11 +15,10 @@ mod travel;
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::Path;
-use std::process::Command;
 
+use image::check_image;
 use linux::{Guest, guest_file};
-use load::{BLOCK_LEN, Load, block};
+use load::Load;
 use net::{bridge, in_namespace};
 use travel::{Link, Trip};
 
@@ -64,25 +65,6 @@ fn to_and_fro(trip: &mut Trip, link: Link, moves: usize, first: usize) {
         trip.check(
             change <= CLOCK_US_MAX + before.error_us + after.error_us,
             &format!("the wall clock was {before:?} before the move and is {after:?}"),
-        );
-    }
-}
-
-/// Its file system is clean, and every block that it wrote is there.
-fn check_image(image: &Path, blocks: u64) {
-    let run = |program: &str, args: &[&str]| {
-        let output = Command::new(program).args(args).arg(image).output();
-        let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
-        assert!(output.status.success(), "{program} {args:?}: {output:?}");
-        output.stdout
-    };
-    run("e2fsck", &["-f", "-n"]);
-    let file = run("debugfs", &["-R", "cat /blocks"]);
-    assert_eq!(file.len() as u64, blocks * BLOCK_LEN as u64);
-    for (number, found) in (0..).zip(file.chunks(BLOCK_LEN)) {
-        assert!(
-            found == block(number, BLOCK_LEN),
-            "block {number} of the image isn't what was written"
         );
     }
 }
