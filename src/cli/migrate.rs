@@ -40,7 +40,8 @@ the command's standard input and output:
     vmm migrate --connect 'exec:ssh there vmm migrate --listen stdio' web
 
 The command runs in the background of the VM's process (ssh needs a key: it can ask for no password); where
-the guest stays, it is ended with all that it started.
+the guest stays, it is ended with all that it started. Where the guest has moved, it goes on to carry what
+is said there on standard error until the VM there ends; it may be ended earlier, which does no harm.
 
 with --connect:
   --downtime-limit TIME   stop the guest when the predicted downtime is at most this (default 50ms)
