@@ -1,6 +1,6 @@
-//! A stock guest moves to another host, and its network follows: bridges that had learned where it was learn
-//! where it is, and its TCP connection goes on. This file runs in both of two emulated hosts at once: host 1
-//! has the server and boots the guest, host 2 takes the guest in.
+//! A stock guest moves to another host and back, and its network follows: bridges that had learned where it was learn
+//! where it is, and its TCP connection goes on. This file runs in both of two emulated hosts at once:
+//! host 1 has the server and boots the guest, host 2 takes the guest in for a while.
 
 #[path = "support/linux.rs"]
 mod linux;
@@ -20,6 +20,7 @@ use std::process::Command;
 use linux::Guest;
 use load::Load;
 use net::ip;
+use serde_json::{Value, json};
 use talk::{Talk, until};
 use travel::Trip;
 
@@ -27,7 +28,9 @@ const NAME: &str = "a_connection_follows_its_guest_to_another_host";
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x2a];
 const SERVER: &str = "10.77.0.1:7001";
 const PORT: u16 = 4444;
-const DESTINATION: &str = "tcp:10.77.0.2:4444";
+const THERE: &str = "tcp:10.77.0.2:4444";
+const BACK: &str = "tcp:10.77.0.1:4444";
+const EASY: [&str; 2] = ["--downtime-limit", "3s"];
 
 /// The host's address moves from its Ethernet to a bridge, which has a TAP for the guest too.
 fn bridge(host: &str) {
@@ -94,14 +97,31 @@ fn announcements() -> Vec<u64> {
     counts
 }
 
-/// Host 1: the guest works with the server here, and leaves.
-fn source() {
+/// What one half tells the other when the guest has gone there.
+fn word(trip: &Trip, typed: u64) -> Value {
+    json!({ "console": trip.console(), "typed": typed })
+}
+
+/// The guest has come, and works on.
+fn comes(trip: &mut Trip, word: &Value) {
+    let typed = word["typed"].as_u64().unwrap();
+    trip.take_over(word["console"].as_str().unwrap().to_owned(), typed);
+    trip.type_line();
+    trip.goes_on();
+    trip.hears();
+    // Words of the connection from after the move.
+    trip.clock();
+}
+
+/// Host 1: the guest works with the server here, leaves, and comes back.
+fn first() {
     bridge("1");
     count_announcements();
     let server = load::serve(TcpListener::bind(SERVER).unwrap());
     let load =
         Load { writers: 1, writer_mib: 4, rest_ms: 50, server: Some(SERVER), ..Load::default() };
     let guest = Guest::new("6.1-cloud")
+        .cpus(2)
         .mem("160M")
         .option("--net", "tap=tap0,mac=02:00:00:00:00:2a")
         .cmdline("vmm.ip=10.77.0.9/24")
@@ -110,28 +130,31 @@ fn source() {
     // Its first frames, which ask everyone where the server is, are to reach host 2 as well.
     let mut talk = Talk::connect();
     let mut trip = Trip::start(guest);
-    trip.clock();
-    assert_eq!(learned(), Some("tap0"));
     assert_eq!(talk.hear()["learned"], "eth0", "host 2 has never heard of the guest");
+    assert_eq!(learned(), Some("tap0"));
     assert_eq!(announcements(), [0, 0, 0]);
     trip.type_line();
     trip.hears();
-    let client = trip.start_move(DESTINATION, &["--downtime-limit", "3s"]);
-    trip.arrive(client, DESTINATION);
+    trip.clock();
+    let client = trip.start_move(THERE, &EASY);
+    trip.arrive(client, THERE);
     let counts = until("the guest is announced", || {
         Some(announcements()).filter(|counts| !counts.contains(&0))
     });
     eprintln!("RARP, and gratuitous ARP of the VMM and of the guest: {counts:?} frames");
     assert_eq!(learned(), Some("eth0"));
-    talk.say(&serde_json::json!({ "console": trip.console(), "typed": 1 }));
-    // The guest ends its connection there.
-    let served = server.join().unwrap();
-    let blocks = talk.hear()["stream_blocks"].as_u64().unwrap();
-    assert_eq!(served, Ok(blocks));
+
+    let mut back = Trip::expect(PORT, &[]);
+    talk.say(&word(&trip, 1));
+    comes(&mut back, &talk.hear());
+    assert_eq!(learned(), Some("tap0"));
+    let told = back.finish();
+    assert_eq!(server.join().unwrap(), Ok(told.number("stream_blocks")));
+    talk.say(&json!("ended"));
 }
 
-/// Host 2: takes the guest in, and sees it to its end.
-fn destination() {
+/// Host 2: takes the guest in, and gives it back.
+fn second() {
     bridge("2");
     let listener = Talk::listen();
     let mut trip = Trip::expect(PORT, &[]);
@@ -139,17 +162,15 @@ fn destination() {
     // From its frames to everyone, as from those that flooded before: what is sent to the guest from
     // there would go nowhere, were this not to change.
     until("the guest was heard of", learned);
-    talk.say(&serde_json::json!({ "learned": learned() }));
-    let word = talk.hear();
+    talk.say(&json!({ "learned": learned() }));
+    let came = talk.hear();
     assert_eq!(learned(), Some("tap0"));
-    trip.take_over(word["console"].as_str().unwrap().to_owned(), word["typed"].as_u64().unwrap());
-    trip.type_line();
-    trip.goes_on();
-    trip.hears();
-    // Words of the connection from after the move.
-    trip.clock();
-    let told = trip.finish();
-    talk.say(&serde_json::json!({ "stream_blocks": told.number("stream_blocks") }));
+    comes(&mut trip, &came);
+    let client = trip.start_move(BACK, &EASY);
+    trip.arrive(client, BACK);
+    until("the guest is known to be gone", || learned().filter(|port| *port == "eth0"));
+    talk.say(&word(&trip, 2));
+    assert_eq!(talk.hear(), "ended");
 }
 
 #[test]
@@ -158,7 +179,7 @@ fn a_connection_follows_its_guest_to_another_host() {
         return load::run(&load);
     }
     match std::env::var("HOST").expect("HOST: see tests/run").as_str() {
-        "1" => source(),
-        _ => destination(),
+        "1" => first(),
+        _ => second(),
     }
 }
