@@ -1,6 +1,7 @@
 //! A stock guest moves to another host and back, and its network follows: bridges that had learned where it was learn
-//! where it is, and its TCP connection goes on. This file runs in both of two emulated hosts at once:
-//! host 1 has the server and boots the guest, host 2 takes the guest in for a while.
+//! where it is, and its TCP connection goes on. So does its time, though the hosts' real times are seconds apart. This
+//! file runs in both of two emulated hosts at once: host 1 has the server and boots the guest, host 2 takes the guest in
+//! for a while.
 
 #[path = "support/linux.rs"]
 mod linux;
@@ -18,7 +19,7 @@ use std::net::TcpListener;
 use std::process::Command;
 
 use linux::Guest;
-use load::Load;
+use load::{ClockWord, Load};
 use net::ip;
 use serde_json::{Value, json};
 use talk::{Talk, until};
@@ -31,6 +32,8 @@ const PORT: u16 = 4444;
 const THERE: &str = "tcp:10.77.0.2:4444";
 const BACK: &str = "tcp:10.77.0.1:4444";
 const EASY: [&str; 2] = ["--downtime-limit", "3s"];
+/// A clock may be wrong by that much more after a move than before, and by what the two words that are compared may be wrong.
+const CLOCK_US_MAX: i64 = 50_000;
 
 /// The host's address moves from its Ethernet to a bridge, which has a TAP for the guest too.
 fn bridge(host: &str) {
@@ -98,19 +101,41 @@ fn announcements() -> Vec<u64> {
 }
 
 /// What one half tells the other when the guest has gone there.
-fn word(trip: &Trip, typed: u64) -> Value {
-    json!({ "console": trip.console(), "typed": typed })
+fn word(trip: &Trip, typed: u64, report: &Value, clock: ClockWord) -> Value {
+    json!({
+        "console": trip.console(),
+        "typed": typed,
+        "downtime_us": report["downtime"]["total_us"],
+        "ahead_us": clock.ahead_us,
+        "error_us": clock.error_us,
+    })
 }
 
-/// The guest has come, and works on.
-fn comes(trip: &mut Trip, word: &Value) {
+/// The guest has come, and works on. Its clock has gone on by no more than what passed outside, and by no less than that without
+/// the downtime, whatever the hosts' own clocks say.
+fn comes(trip: &mut Trip, word: &Value) -> ClockWord {
+    let number = |name: &str| word[name].as_i64().unwrap();
     let typed = word["typed"].as_u64().unwrap();
     trip.take_over(word["console"].as_str().unwrap().to_owned(), typed);
     trip.type_line();
     trip.goes_on();
     trip.hears();
     // Words of the connection from after the move.
-    trip.clock();
+    let clock = trip.clock();
+    let change = clock.ahead_us - number("ahead_us");
+    let slack = CLOCK_US_MAX + number("error_us") + clock.error_us;
+    let least = -number("downtime_us") - slack;
+    eprintln!("its clock is ahead by {change} us more, of {least} to {slack}");
+    trip.check(
+        (least..=slack).contains(&change),
+        &format!("by {change} us, of {least} to {slack}"),
+    );
+    clock
+}
+
+/// The operator is told that the hosts' clocks are apart.
+fn check_warning(trip: &Trip, report: &Value, words: &str) {
+    trip.check(report["warnings"].to_string().contains(words), &report["warnings"].to_string());
 }
 
 /// Host 1: the guest works with the server here, leaves, and comes back.
@@ -135,9 +160,10 @@ fn first() {
     assert_eq!(announcements(), [0, 0, 0]);
     trip.type_line();
     trip.hears();
-    trip.clock();
+    let clock = trip.clock();
     let client = trip.start_move(THERE, &EASY);
-    trip.arrive(client, THERE);
+    let report = trip.arrive(client, THERE);
+    check_warning(&trip, &report, "s ahead of the source's");
     let counts = until("the guest is announced", || {
         Some(announcements()).filter(|counts| !counts.contains(&0))
     });
@@ -145,7 +171,7 @@ fn first() {
     assert_eq!(learned(), Some("eth0"));
 
     let mut back = Trip::expect(PORT, &[]);
-    talk.say(&word(&trip, 1));
+    talk.say(&word(&trip, 1, &report, clock));
     comes(&mut back, &talk.hear());
     assert_eq!(learned(), Some("tap0"));
     let told = back.finish();
@@ -153,8 +179,15 @@ fn first() {
     talk.say(&json!("ended"));
 }
 
-/// Host 2: takes the guest in, and gives it back.
+/// Sets this host's real time ahead by five seconds.
+fn set_clock_ahead() {
+    let output = Command::new("sh").args(["-c", "date -s @$(($(date +%s) + 5))"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// Host 2: takes the guest in, and gives it back to a host that is behind.
 fn second() {
+    set_clock_ahead();
     bridge("2");
     let listener = Talk::listen();
     let mut trip = Trip::expect(PORT, &[]);
@@ -165,11 +198,12 @@ fn second() {
     talk.say(&json!({ "learned": learned() }));
     let came = talk.hear();
     assert_eq!(learned(), Some("tap0"));
-    comes(&mut trip, &came);
+    let clock = comes(&mut trip, &came);
     let client = trip.start_move(BACK, &EASY);
-    trip.arrive(client, BACK);
+    let report = trip.arrive(client, BACK);
+    check_warning(&trip, &report, "s behind the source's");
     until("the guest is known to be gone", || learned().filter(|port| *port == "eth0"));
-    talk.say(&word(&trip, 2));
+    talk.say(&word(&trip, 2, &report, clock));
     assert_eq!(talk.hear(), "ended");
 }
 
