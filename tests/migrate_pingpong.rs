@@ -1,31 +1,31 @@
-//! Twenty moves in a row of one stock guest, with an older kernel, between processes that take turns.
+//! Twenty moves in a row of one stock guest at work, with an older kernel, between processes that take turns.
 
+#[path = "support/image.rs"]
+mod image;
 #[path = "support/linux.rs"]
 mod linux;
 #[path = "support/load.rs"]
 mod load;
+#[path = "support/net.rs"]
+mod net;
 #[path = "support/travel.rs"]
 mod travel;
+#[path = "support/work.rs"]
+mod work;
 
-use linux::Guest;
 use load::Load;
-use travel::{Link, Trip};
+use travel::Link;
+use work::{WORK, to_and_fro, work_and_move};
 
 const MOVES: usize = 20;
 
 #[test]
 fn twenty_moves_in_a_row() {
-    const NAME: &str = "twenty_moves_in_a_row";
-    if let Some(load) = Load::told() {
-        return load::run(&load);
-    }
-    let load = Load { writers: 1, writer_mib: 4, rest_ms: 50, ..Load::default() };
-    let guest = Guest::new("6.1-cloud").cpus(2).mem("128M");
-    let mut trip = Trip::start(guest.file("load", load::program()).run(&load.script(NAME)));
-    for turn in 0..MOVES {
-        let link = if turn % 2 == 0 { Link::Unix } else { Link::Tcp };
-        trip.move_on(link, &[], &["--downtime-limit", "2s"]);
-    }
-    let told = trip.finish();
-    trip.check(told.number("passes") > 20, "the guest's memory was hardly written");
+    let load = Load { writer_mib: 4, rest_ms: 50, gentle: true, ..WORK };
+    work_and_move("twenty_moves_in_a_row", ("6.1-cloud", 2, &load), |trip| {
+        for turn in 0..MOVES {
+            let link = if turn % 2 == 0 { Link::Unix } else { Link::Tcp };
+            to_and_fro(trip, link, 1, turn);
+        }
+    });
 }
