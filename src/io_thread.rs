@@ -1,25 +1,87 @@
-//! The I/O thread: event-manager's loop, which drives what devices lend it.
+//! The I/O thread: event-manager's loop, which drives what devices lend it, and can be brought to rest.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use event_manager::{EventManager, RemoteEndpoint};
-use vmm_devices::virtio::worker::IoTask;
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+};
+use vmm_devices::virtio::worker::{Lender, Worker};
+use vmm_migration::channel::Flow;
+
+use crate::migrate::aside::aside;
+
+/// How long the thread sleeps when it passes over an event: a rest lasts until the vCPUs are home.
+const REST_NAP: Duration = Duration::from_micros(50);
 
 /// The thread and the way to reach it. Dropping it ends and joins the thread.
 pub struct IoThread {
-    endpoint: RemoteEndpoint<IoTask>,
+    endpoint: Endpoint,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A handle through which a device lends its worker. Never used from the thread itself.
+#[derive(Clone)]
+pub struct Endpoint {
+    remote: RemoteEndpoint<Task>,
+    rests: Arc<AtomicBool>,
+}
+
+/// While it lasts, the thread serves no device: no I/O begins.
+pub struct Rest(Arc<AtomicBool>);
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// A worker that is passed over while the thread rests. Events are level-triggered: none is lost.
+struct Task {
+    worker: Box<Worker>,
+    rests: Arc<AtomicBool>,
+}
+
+impl MutEventSubscriber for Task {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        if self.rests.load(Ordering::Acquire) {
+            std::thread::sleep(REST_NAP);
+        } else {
+            self.worker.process(events, ops);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.worker.init(ops);
+    }
+}
+
+const HERE: &str = "the I/O thread outlives the devices and holds what it was lent";
+
+impl Lender for Endpoint {
+    fn lend(&self, worker: Box<Worker>) -> SubscriberId {
+        let task = Task { worker, rests: Arc::clone(&self.rests) };
+        let lent = self
+            .remote
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(task)));
+        lent.expect(HERE)
+    }
+
+    fn take_back(&self, id: SubscriberId) -> Box<Worker> {
+        self.remote.call_blocking(move |ops| ops.remove_subscriber(id)).expect(HERE).worker
+    }
 }
 
 impl IoThread {
     /// Starts the thread, with nothing to drive yet.
     pub fn start() -> io::Result<Self> {
-        let mut manager = EventManager::<IoTask>::new().map_err(other)?;
-        let endpoint = manager.remote_endpoint();
+        let mut manager = EventManager::<Task>::new().map_err(other)?;
+        let endpoint =
+            Endpoint { remote: manager.remote_endpoint(), rests: Arc::new(AtomicBool::new(false)) };
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("io".to_owned()).spawn(move || {
@@ -35,8 +97,22 @@ impl IoThread {
 
     /// A handle through which a device lends its worker.
     #[must_use]
-    pub fn endpoint(&self) -> RemoteEndpoint<IoTask> {
+    pub fn endpoint(&self) -> Endpoint {
         self.endpoint.clone()
+    }
+
+    /// Brings the thread to rest once it has done what it is at: nobody can tell how long storage takes, so that `poll` can
+    /// cancel the wait. From the return on, who takes a worker back waits for no I/O.
+    ///
+    /// # Errors
+    /// There can be no further thread.
+    pub fn rest(&self, poll: &mut dyn FnMut() -> Flow) -> io::Result<Option<Rest>> {
+        let rest = Rest(Arc::clone(&self.endpoint.rests));
+        rest.0.store(true, Ordering::Release);
+        let remote = self.endpoint.remote.clone();
+        // What it is at ends before it answers, and what it sees then is passed over.
+        let wait = move || drop(remote.call_blocking(|_| Ok::<_, event_manager::Error>(())));
+        Ok(aside("io-rest", wait, poll)?.map(|()| rest))
     }
 }
 
@@ -44,7 +120,7 @@ impl Drop for IoThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         // A kick that can't be sent means that the thread has ended.
-        let _ = self.endpoint.kick();
+        let _ = self.endpoint.remote.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -54,3 +130,7 @@ impl Drop for IoThread {
 fn other(e: event_manager::Error) -> io::Error {
     io::Error::other(format!("{e:?}"))
 }
+
+#[cfg(test)]
+#[path = "io_thread_tests.rs"]
+mod tests;

@@ -164,7 +164,7 @@ pub(crate) struct Core {
     /// One for each vCPU.
     pub(crate) threads: Vec<VcpuThread>,
     /// Outlives the devices that lend to it.
-    pub(crate) _io: IoThread,
+    pub(crate) io: IoThread,
     pub(crate) memory: Memory,
 }
 
@@ -214,8 +214,7 @@ impl Machine {
             cpu::needs(&seen, &host, first.fd(), config.cpu_model.to_string(), config.cpus)
         });
         let parts = Vec::new();
-        let core =
-            Core { console, config, platform, host, parts, needs, vm, threads, _io: io, memory };
+        let core = Core { console, config, platform, host, parts, needs, vm, threads, io, memory };
         let mut machine = Self { vcpus, buses, core: Box::new(core) };
         machine.core.parts = machine.list_parts();
         Ok(machine)

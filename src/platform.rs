@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use event_manager::RemoteEndpoint;
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_devices::GuestRam;
 use vmm_devices::bus::{Overlap, SlotId};
@@ -19,7 +18,6 @@ use vmm_devices::virtio::block::Block;
 use vmm_devices::virtio::mmio::{MMIO_LEN, VirtioMmio, register};
 use vmm_devices::virtio::net::Net;
 use vmm_devices::virtio::rng::Rng;
-use vmm_devices::virtio::worker::IoTask;
 
 use crate::arch::{layout, tables};
 use crate::backend::disk::{Disk, DiskError, DiskHandle, Locking};
@@ -27,6 +25,7 @@ use crate::backend::tap::{Tap, TapError, TapHandle};
 use crate::config::{Config, DEVICES_MAX, DiskConfig, NetConfig};
 use crate::console::Console;
 use crate::event::{Event, GuestExit};
+use crate::io_thread::Endpoint;
 use crate::irq::IrqPin;
 use crate::vcpu::Buses;
 
@@ -89,7 +88,7 @@ pub(crate) fn build(
     config: &Config,
     vm: &Arc<VmFd>,
     ram: &GuestRam,
-    io: &RemoteEndpoint<IoTask>,
+    io: &Endpoint,
     console: &Console,
     events: &Sender<Event>,
     locking: Locking,
@@ -151,7 +150,7 @@ fn add_power(
 struct Builder<'a> {
     vm: &'a Arc<VmFd>,
     ram: &'a GuestRam,
-    io: &'a RemoteEndpoint<IoTask>,
+    io: &'a Endpoint,
     locking: Locking,
     sign: &'a Arc<Signs>,
     buses: Buses,

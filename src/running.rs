@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use vmm_devices::power::Power;
 use vmm_devices::serial::Serial;
+use vmm_migration::channel::Flow;
 
 use crate::arch::clock;
+use crate::io_thread::Rest;
 use crate::machine::{Core, Machine};
 use crate::throttle::Ticker;
 use crate::vcpu::Buses;
@@ -17,6 +19,8 @@ use crate::vcpu_thread::VcpuThread;
 pub struct Running {
     /// While a vCPU is throttled. It kicks the core's threads, and is dropped before them.
     ticker: Option<Ticker>,
+    /// While the devices wait for the stop, their I/O done.
+    rest: Option<Rest>,
     buses: Arc<Buses>,
     core: Box<Core>,
 }
@@ -41,14 +45,29 @@ impl Running {
         core.console.attach(Box::new(move |visit| {
             uart.pio.with_as::<Serial, _>(serial, |s| visit(s));
         }));
-        Self { ticker: None, buses, core }
+        Self { ticker: None, rest: None, buses, core }
+    }
+
+    /// Lets the devices finish the I/O that they are at, and begin no other, while the vCPUs run: a stop right after waits
+    /// for none, however slow the storage. `poll` can cancel the wait; what the guest asked of its devices is done then.
+    ///
+    /// # Errors
+    /// There can be no further thread.
+    pub fn settle(&mut self, poll: &mut dyn FnMut() -> Flow) -> io::Result<Flow> {
+        self.rest = self.core.io.rest(poll)?;
+        Ok(if self.rest.is_some() { Flow::Continue } else { Flow::Cancel })
+    }
+
+    /// The devices go on: there is no stop.
+    pub fn unsettle(&mut self) {
+        self.rest = None;
     }
 
     /// Brings everything home: all vCPUs are kicked and awaited, then the devices finish their I/O.
     /// Nothing writes guest RAM after this returns.
     #[must_use]
     pub fn stop(self) -> Machine {
-        let Self { ticker, buses, core } = self;
+        let Self { ticker, rest, buses, core } = self;
         drop(ticker);
         core.threads.iter().for_each(VcpuThread::stop);
         let typed = core.console.detach();
@@ -58,6 +77,7 @@ impl Running {
         for device in buses.all_mut() {
             device.quiesce();
         }
+        drop(rest);
         let machine = Machine { vcpus, buses, core };
         machine.keep(&typed);
         machine

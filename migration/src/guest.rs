@@ -76,6 +76,16 @@ pub trait Live: Memory + Sized {
         None
     }
 
+    /// Lets the guest's devices finish the I/O that they are at, and begin no other, while its vCPUs run: what is called
+    /// next, [`Live::example`] or [`Live::stop`], waits for none then, so that the guest doesn't stand meanwhile. `poll` is
+    /// asked about every 100 ms, and cancels the wait: the devices go on.
+    ///
+    /// # Errors
+    /// It can't be done; the migration is aborted.
+    fn settle(&mut self, _poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        Ok(Flow::Continue)
+    }
+
     /// Sections to try at the destination before a page moves, in the listed versions. The guest may stand
     /// for a moment.
     ///
@@ -140,7 +150,7 @@ pub trait Live: Memory + Sized {
         Ok(Flow::Continue)
     }
 
-    /// Ends tracking and lifts any throttle: the guest is as if nothing had been.
+    /// Ends tracking, lifts any throttle and lets the devices go on: the guest is as if nothing had been.
     fn stop_tracking(&mut self);
 
     /// Stops the guest: vCPUs joined, devices quiesced and drained. The next [`Memory::dirty_pages`] of

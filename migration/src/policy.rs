@@ -1,7 +1,7 @@
 //! When to stop: a pure function of what was measured.
 //!
-//! The predicted downtime is the fixed cost of the stop (measured on the example at reservation, and the
-//! round trips) plus the time that the pages dirty now take at the rate measured. Below the limit the
+//! The predicted downtime is the fixed cost of the stop (measured on the example at reservation, again where that
+//! seems too much, and the round trips) plus the time that the pages dirty now take at the rate measured. Below the limit the
 //! guest is stopped, unless one more round promises to make it much shorter still. A round that didn't keep
 //! that promise is the last: a guest that dirties the same few pages over and over would pay for more of them
 //! with a page fault for each page.
@@ -16,6 +16,8 @@ pub const THROTTLE_PERCENT_MAX: u8 = 99;
 const SHRINK: f64 = 0.7;
 /// After so many flushes of the guest's disks the next is taken to last as long as the last.
 const FLUSHES_MAX: u32 = 10;
+/// So many stops are tried before one is taken to last as long as the shortest.
+const STOPS_MAX: u32 = 3;
 /// Rate assumed before anything was sent, in bytes a second.
 const RATE_UNKNOWN: f64 = 1e9;
 /// A page and its share of the table, on the wire.
@@ -124,6 +126,8 @@ pub struct Measured {
     pub fixed: Fixed,
     /// How often the disks' flush was measured for it.
     pub flushes: u32,
+    /// How often the stop was tried for it.
+    pub stops: u32,
     /// The bandwidth cap, in bytes a second.
     pub bandwidth: Option<u64>,
     /// Pages dirtied by each vCPU in this round. Empty: not known.
@@ -151,6 +155,8 @@ pub enum Decision {
     StopAndCopy,
     /// Give up: the time is up.
     TimedOut,
+    /// Too long a stop is all that is in the way: try it once more, and another round.
+    TryStop,
     /// Give up: the fixed cost alone is over the limit, and waiting doesn't change it.
     Unreachable,
 }
@@ -244,7 +250,13 @@ impl Policy {
             return Decision::StopAndCopy;
         }
         let hopeless = fixed > self.limits.downtime && transfer <= small;
+        // What a busy host once held up may be over.
+        let rest = fixed.saturating_sub(now.fixed.stop);
         let (on_timeout, timeout) = (self.limits.on_timeout, self.limits.timeout);
+        let again = now.stops < STOPS_MAX && rest <= self.limits.downtime;
+        if hopeless && again && now.elapsed < timeout {
+            return Decision::TryStop;
+        }
         match on_timeout {
             OnTimeout::StopAndCopy if now.elapsed >= timeout => Decision::StopAndCopy,
             OnTimeout::StopAndCopy if hopeless => Decision::Rest,

@@ -129,12 +129,24 @@ fn a_fixed_cost_over_the_limit_is_said_at_once_or_waited_for_until_the_timeout()
         (OnTimeout::Throttle, Decision::Unreachable, Decision::Unreachable),
         (OnTimeout::StopAndCopy, Decision::Rest, Decision::StopAndCopy),
     ] {
+        // However short the stop.
+        let round_trip = Fixed { round_trip: MS * 60, ..fixed(5) };
         let mut policy = policy(on_timeout);
         for (elapsed_ms, decision) in [(10, &before), (999, &before), (1000, &after)] {
-            let now = Measured { fixed: fixed(60), ..measured(elapsed_ms, 20, 100) };
+            let now = Measured { fixed: round_trip, stops: 1, ..measured(elapsed_ms, 20, 100) };
             assert_eq!(policy.decide(&now).decision, *decision, "{on_timeout:?} {elapsed_ms}");
         }
-        // It may have been a busy moment.
+        // A stop may have been held up once: it is tried again while there is time.
+        for (elapsed_ms, stops, decision) in [
+            (10, 1, &Decision::TryStop),
+            (20, 2, &Decision::TryStop),
+            (30, 3, &before),
+            (1000, 1, &after),
+        ] {
+            let now = Measured { fixed: fixed(60), stops, ..measured(elapsed_ms, 20, 100) };
+            assert_eq!(policy.decide(&now).decision, *decision, "{on_timeout:?} {stops}");
+        }
+        // It was a busy moment.
         let now = Measured { fixed: fixed(40), ..measured(999, 20, 100) };
         assert_eq!(policy.decide(&now).decision, Decision::StopAndCopy);
     }
@@ -176,7 +188,7 @@ fn a_slow_flush_is_waited_for_a_while_and_a_state_too_large_is_not() {
     assert!(verdict.downtime > MS * 65, "{verdict:?}");
     assert_eq!((verdict.decision, verdict.fixed), (Decision::Continue, MS * 5));
     let fixed_60 = Fixed { flush: MS * 60, ..fixed(5) };
-    let now = Measured { fixed: fixed_60, flushes: 10, ..measured(10, 20, 100) };
+    let now = Measured { fixed: fixed_60, flushes: 10, stops: 3, ..measured(10, 20, 100) };
     let verdict = policy(OnTimeout::Abort).decide(&now);
     assert_eq!((verdict.decision, verdict.fixed), (Decision::Unreachable, MS * 65));
     // 100 MB at 1 GB/s.

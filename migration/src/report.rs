@@ -208,7 +208,7 @@ pub struct Report {
     pub pages: u64,
     /// The shortest round trip.
     pub round_trip_us: u64,
-    /// How long the guest stood for the example at reservation.
+    /// How long the guest stood for the example at reservation; where more were taken, the least.
     pub example_stop_us: u64,
     /// How long the destination took to restore the example.
     pub trial_restore_us: Option<u64>,

@@ -27,6 +27,7 @@ pub mod handover;
 mod precopy;
 mod reservation;
 mod sender;
+mod stop;
 
 pub use aborted::{Aborted, Place, Stayed};
 pub use doubt::{Decision, InDoubt};

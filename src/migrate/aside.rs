@@ -14,7 +14,7 @@ pub(super) const LOOK: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// There can be no further thread.
-pub(super) fn aside<T: Send + 'static>(
+pub(crate) fn aside<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
     poll: &mut dyn FnMut() -> Flow,

@@ -131,7 +131,17 @@ impl Live for LiveGuest {
         flush(&self.core().platform.disks, poll)
     }
 
+    fn settle(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        match self.vm.as_mut().expect(HERE) {
+            Vm::Running(running) => Ok(running.settle(poll)?),
+            Vm::Paused(_) => Ok(Flow::Continue),
+        }
+    }
+
     fn stop_tracking(&mut self) {
+        if let Some(Vm::Running(running)) = &mut self.vm {
+            running.unsettle();
+        }
         if let Err(e) = self.throttle(&[]) {
             tracing::warn!("the throttle can't be lifted: {e}");
         }

@@ -10,7 +10,7 @@
 //! - `aside`: what may take long, while somebody waits and looks up.
 
 pub mod arriving;
-mod aside;
+pub(crate) mod aside;
 pub mod carrier;
 mod cgroup;
 pub mod cpu;

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,41 +24,6 @@ const LOG_LINES_PER_SECOND: u32 = 5;
 /// Event data of the first input source; below are the queues.
 const SOURCE_DATA: usize = QUEUES_MAX;
 
-/// What the I/O thread's event manager holds.
-pub enum IoTask {
-    /// A live virtio device.
-    Virtio(Box<Worker>),
-    /// Anything else that waits for file descriptors.
-    Other(Box<dyn MutEventSubscriber + Send>),
-}
-
-impl IoTask {
-    /// The worker of a virtio device.
-    #[must_use]
-    pub fn into_worker(self) -> Option<Box<Worker>> {
-        match self {
-            Self::Virtio(worker) => Some(worker),
-            Self::Other(_) => None,
-        }
-    }
-}
-
-impl MutEventSubscriber for IoTask {
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        match self {
-            Self::Virtio(worker) => worker.process(events, ops),
-            Self::Other(other) => other.process(events, ops),
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        match self {
-            Self::Virtio(worker) => worker.init(ops),
-            Self::Other(other) => other.init(ops),
-        }
-    }
-}
-
 /// Who runs workers: the I/O thread, or a test.
 pub trait Lender: Send {
     /// Hands a worker over; from the return on it is served.
@@ -69,23 +34,6 @@ pub trait Lender: Send {
     /// # Panics
     /// If `id` is not lent.
     fn take_back(&self, id: SubscriberId) -> Box<Worker>;
-}
-
-/// The event manager on another thread. Never called from that thread itself.
-impl Lender for RemoteEndpoint<IoTask> {
-    fn lend(&self, worker: Box<Worker>) -> SubscriberId {
-        self.call_blocking(move |ops| {
-            Ok::<_, event_manager::Error>(ops.add_subscriber(IoTask::Virtio(worker)))
-        })
-        .expect("the I/O thread outlives the devices")
-    }
-
-    fn take_back(&self, id: SubscriberId) -> Box<Worker> {
-        self.call_blocking(move |ops| ops.remove_subscriber(id))
-            .expect("the I/O thread outlives the devices and holds what it was lent")
-            .into_worker()
-            .expect("a transport's id names its worker")
-    }
 }
 
 /// An input source of the device, and whether the event manager watches it now.

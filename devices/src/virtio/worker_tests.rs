@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventManager, SubscriberOps};
+use event_manager::{EventManager, RemoteEndpoint};
 use vmm_migration::state::Saved;
 
 use super::*;
@@ -17,14 +17,14 @@ use crate::virtio::testing::{Buf, CountingLine, Driver, DriverRing, Echo, IoLoop
 const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Loop {
-    endpoint: RemoteEndpoint<IoTask>,
+    endpoint: RemoteEndpoint<Box<Worker>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Loop {
     fn start() -> Self {
-        let mut manager = EventManager::<IoTask>::new().unwrap();
+        let mut manager = EventManager::<Box<Worker>>::new().unwrap();
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -34,6 +34,21 @@ impl Loop {
             }
         });
         Self { endpoint, stop, thread: Some(thread) }
+    }
+}
+
+struct Remote(RemoteEndpoint<Box<Worker>>);
+
+impl Lender for Remote {
+    fn lend(&self, worker: Box<Worker>) -> SubscriberId {
+        let lend = self
+            .0
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(worker)));
+        lend.unwrap()
+    }
+
+    fn take_back(&self, id: SubscriberId) -> Box<Worker> {
+        self.0.call_blocking(move |ops| ops.remove_subscriber(id)).unwrap()
     }
 }
 
@@ -48,7 +63,7 @@ impl Drop for Loop {
 /// The driver of a device whose I/O thread is a real one.
 fn threaded(io: &Loop) -> Driver {
     let (ram, line) = (ram(0x2_0000), Arc::new(CountingLine::default()));
-    let lender = Box::new(io.endpoint.clone());
+    let lender = Box::new(Remote(io.endpoint.clone()));
     let irq: Arc<dyn crate::irq::IrqLine> = line.clone();
     let sign = Arc::new(Signs::default());
     let echo = Echo::new().0;
@@ -130,29 +145,4 @@ fn resets_race_with_requests_and_faults_without_harm() {
     assert_eq!(wait_used(&mut rings[0]), (head, 4));
     assert_eq!(driver.status() & status::NEEDS_RESET, 0);
     driver.device.quiesce();
-}
-
-struct Flag(EventFd, Arc<AtomicBool>);
-
-impl MutEventSubscriber for Flag {
-    fn process(&mut self, _: Events, _: &mut EventOps<'_>) {
-        self.0.read().unwrap();
-        self.1.store(true, Ordering::SeqCst);
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        ops.add(Events::new(&self.0, EventSet::IN)).unwrap();
-        self.0.write(1).unwrap();
-    }
-}
-
-#[test]
-fn other_tasks_share_the_loop_and_are_no_workers() {
-    let mut manager = EventManager::<IoTask>::new().unwrap();
-    let seen = Arc::new(AtomicBool::new(false));
-    let fd = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-    let id = manager.add_subscriber(IoTask::Other(Box::new(Flag(fd, Arc::clone(&seen)))));
-    manager.run_with_timeout(1000).unwrap();
-    assert!(seen.load(Ordering::SeqCst));
-    assert!(manager.remove_subscriber(id).unwrap().into_worker().is_none());
 }

@@ -8,9 +8,20 @@ use super::storage::Storage;
 use crate::channel::Flow;
 use crate::guest::Live;
 use crate::pages::{PAGE_SIZE, PageSet};
+use crate::plan::SectionId;
 use crate::policy::{Decision, Fixed, Limits, Measured, Policy, Verdict};
 use crate::report::{Observer, micros};
 use crate::source::{REST, share};
+
+/// Where the rounds begin.
+pub(super) struct Start<'a> {
+    /// When the guest was first tracked.
+    pub(super) began: Instant,
+    /// What stopping it takes.
+    pub(super) stop: Duration,
+    /// Its sections.
+    pub(super) listed: &'a [SectionId],
+}
 
 /// How long the rounds may go on.
 pub(super) struct Bounds {
@@ -46,19 +57,48 @@ impl Written {
 }
 
 impl Files {
-    /// Writes what is touched, and then, round by round, what was dirtied meanwhile. `began`: when the guest was first
-    /// tracked, and what stopping it takes. Gives what is left for the stop.
+    /// Lets the guest's devices finish their I/O, so that the stop that follows waits for none.
+    pub(super) fn settle<L: Live>(
+        &mut self,
+        guest: &mut L,
+        observer: &mut dyn Observer,
+    ) -> Result<(), SnapshotError> {
+        let progress = self.progress;
+        let doing = "letting the guest's devices finish their I/O";
+        let settled = guest.settle(&mut || observer.observe(&progress));
+        match settled.map_err(|source| SnapshotError::Guest { doing, source })? {
+            Flow::Continue => Ok(()),
+            Flow::Cancel => Err(SnapshotError::Cancelled),
+        }
+    }
+
+    /// What stopping the guest takes: it is tried.
+    pub(super) fn try_stop<L: Live>(
+        &mut self,
+        guest: &mut L,
+        listed: &[SectionId],
+        observer: &mut dyn Observer,
+    ) -> Result<Duration, SnapshotError> {
+        self.settle(guest, observer)?;
+        let doing = "saving the guest's state for a trial";
+        let example = guest.example(listed);
+        let example = example.map_err(|source| SnapshotError::Guest { doing, source })?;
+        Ok(Duration::from_micros(example.stop_us))
+    }
+
+    /// Writes what is touched, and then, round by round, what was dirtied meanwhile. Gives what is left for the stop.
     pub(super) fn rounds<L: Live>(
         &mut self,
         guest: &mut L,
         mut set: PageSet,
-        (began, stop): (Instant, Duration),
+        start: Start<'_>,
         limits: Limits,
         storage: &mut dyn Storage,
         observer: &mut dyn Observer,
     ) -> Result<PageSet, SnapshotError> {
         let tracking = |source| SnapshotError::Guest { doing: "dirty tracking", source };
-        let mut policy = Policy::new(limits);
+        let Start { began, mut stop, listed } = start;
+        let (mut policy, mut stops) = (Policy::new(limits), 1);
         let mut bounds = Bounds { began, cut_after: limits.timeout };
         let mut collected = began;
         for round in 0.. {
@@ -90,6 +130,7 @@ impl Files {
                 left_pages,
                 dirty_time: now - collected,
                 fixed: Fixed { stop, ..Fixed::default() },
+                stops,
                 dirty_by_vcpu: guest.dirty_by_vcpu(dirty_pages),
                 ..Measured::default()
             };
@@ -100,6 +141,10 @@ impl Files {
                 Decision::StopAndCopy => return Ok(set),
                 Decision::Continue => {}
                 Decision::Rest => self.rest(&bounds, observer)?,
+                Decision::TryStop => {
+                    stop = stop.min(self.try_stop(guest, listed, observer)?);
+                    stops += 1;
+                }
                 Decision::Throttle(percent) => {
                     // One that can't be slowed down goes on as it does.
                     if guest.throttle(&percent).is_ok() {

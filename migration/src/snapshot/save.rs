@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::files::Files;
+use super::rounds::Start;
 use super::storage::Storage;
 use super::{Header, SnapshotError};
 use crate::guest::{Halted, Live, Memory};
@@ -114,13 +115,7 @@ fn while_running<L: Live>(
     let tracking = |source| SnapshotError::Guest { doing: "dirty tracking", source };
     let stop = match live {
         None => Duration::ZERO,
-        Some(_) => {
-            let example = guest.example(listed).map_err(|source| SnapshotError::Guest {
-                doing: "saving the guest's state for a trial",
-                source,
-            })?;
-            Duration::from_micros(example.stop_us)
-        }
+        Some(_) => files.try_stop(guest, listed, observer)?,
     };
     files.progress.stage = Stage::PreCopy;
     let mut touched = PageSet::new();
@@ -130,10 +125,15 @@ fn while_running<L: Live>(
     for window in regions.iter().filter_map(|r| r.run()).flat_map(|r| r.pieces(WINDOW_PAGES)) {
         guest.first_pages(window, &mut touched).map_err(tracking)?;
     }
-    match live {
-        Some(limits) => files.rounds(guest, touched, (began, stop), limits, storage, observer),
-        None => Ok(touched),
-    }
+    let left = match live {
+        Some(limits) => {
+            let start = Start { began, stop, listed };
+            files.rounds(guest, touched, start, limits, storage, observer)?
+        }
+        None => touched,
+    };
+    files.settle(guest, observer)?;
+    Ok(left)
 }
 
 fn while_stopped<H: Halted>(

@@ -11,6 +11,7 @@ use crate::report::Observer;
 
 /// A flush that took no longer than this had nothing to do.
 const QUICK: Duration = Duration::from_millis(1);
+const FLUSHING: &str = "flushing the disks";
 
 impl Common {
     /// Flushes the disks while the guest runs. Gives how long it takes where little was written since the last time: what a
@@ -25,7 +26,8 @@ impl Common {
         // Flushed twice: the first may find much that was written long ago, so the second is timed.
         for _ in 0..2 {
             let start = self.channel.now();
-            let flow = self.flushing(until, observer, |poll| guest.flush_disks(poll))?;
+            let flow =
+                self.while_asked(until, observer, FLUSHING, |poll| guest.flush_disks(poll))?;
             let now = self.channel.now();
             took = now - start;
             if flow == Flow::Cancel && self.time_up_at.is_some_and(|at| now >= at) {
@@ -46,7 +48,8 @@ impl Common {
         observer: &mut dyn Observer,
     ) -> Result<Duration, MigrateError> {
         let start = self.channel.now();
-        let flow = self.flushing(self.deadline, observer, |poll| guest.release_disks(poll))?;
+        let flow =
+            self.while_asked(self.deadline, observer, FLUSHING, |poll| guest.release_disks(poll))?;
         let took = self.channel.now() - start;
         if flow == Flow::Cancel {
             let why = format!("the flush goes on after {} ms", took.as_millis());
@@ -56,12 +59,13 @@ impl Common {
         Ok(took)
     }
 
-    /// [`Flow::Cancel`]: it was given up at `until`.
-    fn flushing(
+    /// Does what takes as long as the guest's storage does. [`Flow::Cancel`]: it was given up at `until`.
+    pub(super) fn while_asked(
         &mut self,
         until: Option<Duration>,
         observer: &mut dyn Observer,
-        flush: impl FnOnce(&mut dyn FnMut() -> Flow) -> Result<Flow, GuestError>,
+        doing: &'static str,
+        run: impl FnOnce(&mut dyn FnMut() -> Flow) -> Result<Flow, GuestError>,
     ) -> Result<Flow, MigrateError> {
         let (stage, progress, channel) = (self.progress.stage, self.progress, &self.channel);
         let mut is_cancelled = false;
@@ -70,10 +74,10 @@ impl Common {
             let is_over = until.is_some_and(|until| channel.now() >= until);
             if is_cancelled || is_over { Flow::Cancel } else { Flow::Continue }
         };
-        let flow = flush(&mut poll);
+        let flow = run(&mut poll);
         if is_cancelled {
             return Err(MigrateError::Channel { stage, source: ChannelError::Cancelled });
         }
-        flow.map_err(self.guest_error("flushing the disks"))
+        flow.map_err(self.guest_error(doing))
     }
 }

@@ -55,9 +55,10 @@ impl<L: Live> Source<Copied<L>> {
         observer: &mut dyn Observer,
     ) -> Result<Source<Stopped<L>>, Box<Aborted<L>>> {
         let Source { mut common, stage } = self;
-        let Copied { guest, mut left, locks_seen, predicted } = stage;
+        let Copied { mut guest, mut left, locks_seen, predicted } = stage;
         common.progress.stage = Stage::StopAndCopy;
-        if let Err(error) = common.exchange(Duration::ZERO, observer, |_, _| Ok(())) {
+        let asked = common.exchange(Duration::ZERO, observer, |_, _| Ok(()));
+        if let Err(error) = asked.and_then(|()| common.settle(&mut guest, observer)) {
             return Err(common.abort(guest, error));
         }
         let began = common.channel.now();

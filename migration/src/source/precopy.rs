@@ -64,7 +64,8 @@ impl Common {
         let mut sender = Sender::new(self);
         let mut set = PageSet::new();
         let mut throttle = Vec::new();
-        let (mut flushes, writable) = (0, plan.disks.iter().any(|disk| !disk.read_only));
+        let writable = plan.disks.iter().any(|disk| !disk.read_only);
+        let (mut flushes, mut stops) = (0, 1);
         let began = self.channel.now();
         let limits = self.options.limits;
         self.cut_at = limits.cut_after().map(|after| began.saturating_add(after));
@@ -107,6 +108,7 @@ impl Common {
                 dirty_time: now - collected,
                 fixed,
                 flushes,
+                stops,
                 bandwidth: self.options.bandwidth,
                 dirty_by_vcpu: guest.dirty_by_vcpu(dirty_pages),
             };
@@ -144,6 +146,11 @@ impl Common {
                 Decision::StopAndCopy => return Ok((set, verdict.downtime)),
                 Decision::Continue => {}
                 Decision::Rest => self.rest(REST, observer)?,
+                Decision::TryStop => {
+                    let again = self.example(guest, observer)?.stop_us;
+                    fixed.stop = fixed.stop.min(Duration::from_micros(again));
+                    stops += 1;
+                }
                 Decision::Throttle(percent) => self.throttle(guest, percent, &mut throttle),
                 Decision::TimedOut | Decision::Unreachable => {
                     return Err(self.given_up(&verdict));

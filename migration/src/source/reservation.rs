@@ -146,11 +146,8 @@ impl Common {
         self.regions = regions.iter().filter_map(|region| region.run()).collect();
         self.report.name.clone_from(&plan.name);
         self.report.pages = self.progress.pages_total;
-        let example = guest
-            .example(&plan.sections)
-            .map_err(self.guest_error("saving an example of the state"))?;
         self.sections.clone_from(&plan.sections);
-        self.report.example_stop_us = example.stop_us;
+        let example = self.example(guest, observer)?;
         let state_bytes = example.sections.iter().map(record_bytes).sum();
         let example_sections = u32::try_from(example.sections.len()).unwrap_or(u32::MAX);
         let reserve = Reserve { plan, example_sections, dry_run: self.options.dry_run };

@@ -40,6 +40,10 @@ pub struct Habits {
     pub flush_ms: [u64; 2],
     /// What the destination takes to write a page, in microseconds.
     pub page_us: u64,
+    /// What its devices' I/O under way takes, whenever it is looked at, in milliseconds.
+    pub io_ms: u64,
+    /// What the first stop takes beyond the others, in milliseconds.
+    pub first_stop_ms: u64,
 }
 
 /// RAM. Of each page only [`CELLS`] bytes are ever written, to keep comparing cheap.
@@ -93,7 +97,9 @@ pub struct FakeLive {
     devices: PageSet,
     disk_at_release: Option<u64>,
     counter: u64,
-    /// Tells what a flush takes.
+    /// Its devices wait for its stop.
+    settled: bool,
+    /// Tells what flushes and I/O take.
     clock: Option<End>,
 }
 
@@ -114,6 +120,7 @@ impl FakeLive {
             devices: PageSet::new(),
             disk_at_release: None,
             counter: 0,
+            settled: false,
             clock: None,
         };
         (0..12).for_each(|_| guest.write());
@@ -126,8 +133,16 @@ impl FakeLive {
         Self { clock: Some(clock), ..self }
     }
 
+    /// What a stop takes beyond 100 us: all I/O under way, unless it was waited for before.
+    fn stop_ms(&mut self) -> u64 {
+        let io_ms = if std::mem::take(&mut self.settled) { 0 } else { self.habits.io_ms };
+        let ms = io_ms + std::mem::take(&mut self.habits.first_stop_ms);
+        self.storage(ms, &mut || Flow::Continue);
+        ms
+    }
+
     /// Looks up each 10 ms.
-    fn flush(&self, ms: u64, poll: &mut dyn FnMut() -> Flow) -> Flow {
+    fn storage(&self, ms: u64, poll: &mut dyn FnMut() -> Flow) -> Flow {
         for _ in 0..ms / 10 {
             self.clock.iter().for_each(|clock| clock.sleep(Duration::from_millis(10)));
             if poll() == Flow::Cancel {
@@ -230,9 +245,17 @@ impl Live for FakeLive {
         })
     }
 
+    fn settle(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
+        self.step();
+        let flow = self.storage(self.habits.io_ms, poll);
+        self.settled = flow == Flow::Continue;
+        Ok(flow)
+    }
+
     fn example(&mut self, _listed: &[SectionId]) -> Result<Example, GuestError> {
         self.step();
-        Ok(Example { sections: self.save(), stop_us: 100 })
+        let stop_us = 100 + self.stop_ms() * 1000;
+        Ok(Example { sections: self.save(), stop_us })
     }
 
     fn start_tracking(&mut self) -> Result<(), GuestError> {
@@ -266,10 +289,11 @@ impl Live for FakeLive {
     }
 
     fn flush_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
-        Ok(self.flush(self.habits.flush_ms[0], poll))
+        Ok(self.storage(self.habits.flush_ms[0], poll))
     }
 
     fn stop_tracking(&mut self) {
+        self.settled = false;
         self.tracking = false;
         self.log.clear();
         self.devices.clear();
@@ -277,6 +301,7 @@ impl Live for FakeLive {
 
     fn stop(mut self) -> Result<FakeHalted, Failed<Self>> {
         self.step();
+        self.stop_ms();
         self.world.stop(Side::Source);
         self.world.state().at_stop =
             Some((self.ram.0.clone(), self.counter.to_le_bytes().to_vec()));
@@ -316,7 +341,7 @@ impl Halted for FakeHalted {
     }
 
     fn release_disks(&mut self, poll: &mut dyn FnMut() -> Flow) -> Result<Flow, GuestError> {
-        if self.0.flush(self.0.habits.flush_ms[1], poll) == Flow::Cancel {
+        if self.0.storage(self.0.habits.flush_ms[1], poll) == Flow::Cancel {
             return Ok(Flow::Cancel);
         }
         self.0.world.step(Side::Source);

@@ -202,3 +202,41 @@ fn a_flush_in_the_stop_is_not_the_destinations_fault() {
     assert_eq!(slower.ending, Ending::Stayed);
     assert!(error.contains("releasing the disks") && !error.contains("destination"), "{error}");
 }
+
+/// It is waited for while the guest runs: at reservation it would seem a cost of each stop, over the limit, and at the stop it
+/// would be one.
+#[test]
+fn io_under_way_is_no_part_of_a_stop() {
+    let habits = Habits { io_ms: 2000, ..Habits::default() };
+    let run = Tally::default().run(&Scenario { on_timeout: OnTimeout::Abort, ..stately(habits) });
+    assert_eq!(run.ending, Ending::Moved, "{run:?}");
+    let report = run.report.expect("a report");
+    let downtime = report.downtime.as_ref().expect("a downtime");
+    assert!(report.example_stop_us < 1000 && downtime.stop_us < 1000, "{downtime:?}");
+    assert!(downtime.total_us < 100_000 && report.total_us > 4_000_000, "{report:?}");
+}
+
+#[test]
+fn io_that_does_not_end_ends_the_migration_while_the_guest_runs() {
+    let hung = stately(Habits { io_ms: 60_000, ..Habits::default() });
+    let run = Tally::default().run(&hung);
+    let error = run.error.expect("an error");
+    assert_eq!(run.ending, Ending::Stayed);
+    assert!(error.contains("finish their I/O failed: it goes on after 500"), "{error}");
+    // Before any stop: it was never still.
+    let report = run.report.expect("a report");
+    assert_eq!((report.downtime, report.example_stop_us), (None, 0));
+    let run = Tally::default().run(&Scenario { cancel_at: Some(20), ..hung });
+    let (error, report) = (run.error.expect("an error"), run.report.expect("a report"));
+    assert!(error.contains("cancelled") && report.total_us < 1_000_000, "{error}: {report:?}");
+}
+
+#[test]
+fn a_stop_that_took_long_once_is_tried_again_before_it_is_hopeless() {
+    let habits = Habits { first_stop_ms: 3000, ..Habits::default() };
+    let run = Tally::default().run(&Scenario { on_timeout: OnTimeout::Abort, ..stately(habits) });
+    assert_eq!(run.ending, Ending::Moved, "{run:?}");
+    let report = run.report.expect("a report");
+    assert_eq!(report.example_stop_us, 100);
+    assert!(report.downtime.expect("a downtime").total_us < 100_000);
+}

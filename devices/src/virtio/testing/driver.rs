@@ -15,11 +15,11 @@ use crate::sign::Signs;
 use crate::virtio::VirtioDevice;
 use crate::virtio::core::status;
 use crate::virtio::mmio::{VirtioMmio, register};
-use crate::virtio::worker::{IoTask, Lender, Worker};
+use crate::virtio::worker::{Lender, Worker};
 
 /// An I/O thread without a thread: [`Self::run`] does what has come up.
 pub struct IoLoop {
-    manager: Mutex<EventManager<IoTask>>,
+    manager: Mutex<EventManager<Box<Worker>>>,
 }
 
 /// Wakes after which a loop counts as endless.
@@ -52,12 +52,12 @@ impl IoLoop {
 
 impl Lender for Arc<IoLoop> {
     fn lend(&self, worker: Box<Worker>) -> SubscriberId {
-        self.manager.lock().expect("no panic before").add_subscriber(IoTask::Virtio(worker))
+        self.manager.lock().expect("no panic before").add_subscriber(worker)
     }
 
     fn take_back(&self, id: SubscriberId) -> Box<Worker> {
-        let task = self.manager.lock().expect("no panic before").remove_subscriber(id);
-        task.expect("it was lent").into_worker().expect("it is a worker")
+        let worker = self.manager.lock().expect("no panic before").remove_subscriber(id);
+        worker.expect("it was lent")
     }
 }
 
