@@ -4,7 +4,11 @@ use std::io;
 use std::sync::mpsc::Sender;
 use std::thread;
 
-use vmm_sys_util::signal::{Error as BlockError, block_signal, create_sigset};
+use rustix::process::{Signal, getpid, kill_process};
+use vmm_sys_util::signal::{
+    Error as BlockError, block_signal, create_sigset, get_blocked_signals, register_signal_handler,
+    unblock_signal,
+};
 
 use crate::event::Event;
 
@@ -56,6 +60,29 @@ impl Signals {
             }
         })?;
         Ok(())
+    }
+}
+
+/// Starts a command that can be told to end: it inherits this thread's mask, so none of the ending signals is blocked
+/// meanwhile. One that comes for this process just then is passed on to whoever waits for it.
+pub fn while_unblocked<T>(start: impl FnOnce() -> T) -> T {
+    let mut blocked = get_blocked_signals().unwrap_or_default();
+    blocked.retain(|signal| ENDING.contains(signal) && matches!(is_ignored(*signal), Ok(false)));
+    // One that can't be passed on stays blocked.
+    blocked.retain(|signal| register_signal_handler(*signal, pass_on).is_ok());
+    blocked.retain(|signal| unblock_signal(*signal).is_ok());
+    let started = start();
+    for signal in blocked {
+        // As it was a moment ago.
+        let _ = block_signal(signal);
+    }
+    started
+}
+
+/// Sends this process the signal once more: it is blocked on this thread as long as this function lasts.
+extern "C" fn pass_on(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    if let Some(signal) = Signal::from_named_raw(signal) {
+        let _ = kill_process(getpid(), signal);
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::fs::{FileType, Mode};
 use support::guests::Guest;
 use support::moves::{EASY, check_last_line, until};
 use support::vm::{LONG, Place, Vm, binary, has_kvm};
@@ -74,6 +75,25 @@ fn the_literal_command_over_ssh() {
     let word = format!("{name} is here, its console at unix:{}/{name}.tty", parent(&control));
     assert_eq!(err.lines().filter(|line| line.ends_with(&word)).count(), 1, "{err}");
     assert!(!control.with_extension("tty").exists());
+}
+
+/// The VM's process has the signals blocked that ask it to end, and what it starts would inherit that. A shell would too,
+/// until it has waited for a command.
+#[test]
+fn a_command_that_is_told_to_end_hears_it() {
+    if !has_kvm() {
+        return;
+    }
+    let source = Vm::start(Guest::spin(), &[]);
+    let (word, fifo) = (source.place.path("word"), source.place.path("fifo"));
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let uri = format!(
+        "exec:trap 'echo told >{}; exit' TERM; echo this is no stream of ours; read -r line <>{}",
+        word.display(),
+        fifo.display(),
+    );
+    source.try_move(&uri, &EASY).check_failed(&["not a vmm stream"]);
+    until("is told to end", || word.exists());
 }
 
 fn parent(path: &Path) -> String {

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use crate::signals;
+
 /// How long a command whose stream has ended may take to end too, before it is told to.
 const GRACE: Duration = Duration::from_secs(2);
 /// How long one that was told to end may take, before it is killed.
@@ -27,12 +29,10 @@ impl Carrier {
     pub fn start(command: &str) -> io::Result<(UnixStream, Self)> {
         let (ours, theirs) = UnixStream::pair()?;
         let theirs = OwnedFd::from(theirs);
-        let child = Command::new("/bin/sh")
-            .args(["-c", command])
-            .stdin(Stdio::from(theirs.try_clone()?))
-            .stdout(Stdio::from(theirs))
-            .process_group(0)
-            .spawn()?;
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", command]).process_group(0);
+        shell.stdin(Stdio::from(theirs.try_clone()?)).stdout(Stdio::from(theirs));
+        let child = signals::while_unblocked(|| shell.spawn())?;
         Ok((ours, Self(Some(child))))
     }
 
