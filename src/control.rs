@@ -6,6 +6,7 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use serde_json::{Value, json};
 
+use crate::api::server::Server;
 use crate::config::{Config, OnReboot};
 use crate::console::Console;
 use crate::event::{ApiError, Event, GuestExit, MigrateRequest, Reply, Request, VcpuError};
@@ -47,25 +48,28 @@ enum Next {
     End(Result<End, ControlError>),
 }
 
-/// Builds the machine, boots it and sees it through to its end.
+/// Builds the machine, boots it and sees it through to its end. `server` is its clients'.
 pub fn run(
     config: Config,
     console: &Arc<Console>,
+    server: &Server,
     events: &Sender<Event>,
     inbox: &Receiver<Event>,
 ) -> Result<End, ControlError> {
     let vm = Vm::Running(boot(config, console, events)?);
-    serve(vm, console, events, inbox)
+    serve(vm, console, server, events, inbox)
 }
 
 /// Sees a VM that is there already through to its end.
 pub fn serve(
     vm: Vm,
     console: &Arc<Console>,
+    server: &Server,
     events: &Sender<Event>,
     inbox: &Receiver<Event>,
 ) -> Result<End, ControlError> {
-    Control { console, events, inbox, deferred: VecDeque::new(), stopping: Vec::new() }.serve(vm)
+    let (deferred, stopping) = (VecDeque::new(), Vec::new());
+    Control { console, server, events, inbox, deferred, stopping }.serve(vm)
 }
 
 fn boot(
@@ -81,6 +85,7 @@ fn boot(
 
 struct Control<'a> {
     console: &'a Arc<Console>,
+    server: &'a Server,
     events: &'a Sender<Event>,
     inbox: &'a Receiver<Event>,
     /// Events that came during a migration.
@@ -163,8 +168,13 @@ impl Control<'_> {
     }
 
     fn migrate(&mut self, vm: Vm, request: &MigrateRequest, reply: Reply) -> Next {
+        let (console, server) = (self.console, self.server);
+        let vacate = || {
+            server.vacate();
+            console.vacate();
+        };
         let mover = Mover { inbox: self.inbox, deferred: &mut self.deferred };
-        match mover.migrate(vm, request, reply) {
+        match mover.migrate(vm, request, reply, &vacate) {
             Moved::Away(to) => Next::End(Ok(End::Moved(to))),
             Moved::Here(vm) => Next::Go(vm),
             Moved::Ended(why) => Next::End(Ok(End::Stopped(why))),

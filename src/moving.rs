@@ -38,8 +38,14 @@ pub struct Mover<'a> {
 }
 
 impl Mover<'_> {
-    /// Migrates, and answers `reply` at the end.
-    pub fn migrate(self, vm: Vm, request: &MigrateRequest, reply: Reply) -> Moved {
+    /// Migrates, and answers `reply` at the end. `vacate` gives the VM's sockets back once the guest has gone.
+    pub fn migrate(
+        self,
+        vm: Vm,
+        request: &MigrateRequest,
+        reply: Reply,
+        vacate: &dyn Fn(),
+    ) -> Moved {
         let config = vm.config().clone();
         let mut watch =
             Watch::new(Errand::Migration, self.inbox, self.deferred, &config, Some(&reply));
@@ -49,12 +55,12 @@ impl Mover<'_> {
         }
         let pending = match departure {
             Departure::Pending(pending) => pending,
-            settled => return finish(settled, &request.uri, reply),
+            settled => return finish(settled, &request.uri, reply, vacate),
         };
         tracing::error!("{}", pending.explain());
         reply.progress(json!({ "stage": "in-doubt", "message": pending.explain() }));
         match Doubt::new(self.inbox, self.deferred, &config).settle(pending, &request.uri) {
-            Ok(departure) => finish(departure, &request.uri, reply),
+            Ok(departure) => finish(departure, &request.uri, reply, vacate),
             Err(Ended { why, known }) => {
                 reply.done(Err(ApiError::internal(known)));
                 Moved::Ended(why)
@@ -74,7 +80,8 @@ impl Mover<'_> {
     }
 }
 
-fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {
+/// Who hears that the guest has gone may bring it back at once: what it needs for that is free by then.
+fn finish(departure: Departure, uri: &Uri, reply: Reply, vacate: &dyn Fn()) -> Moved {
     match departure {
         Departure::Moved { left, report } => {
             // A guest that couldn't go on here, and that the operator gave up, has moved nowhere.
@@ -85,9 +92,11 @@ fn finish(departure: Departure, uri: &Uri, reply: Reply) -> Moved {
                     (Ok(outgoing::report_json(&report)), told)
                 }
             };
+            let memory = left.let_go();
+            vacate();
             reply.done(answer);
             background::enter();
-            drop(left);
+            drop(memory);
             Moved::Away(told)
         }
         Departure::Stayed { vm, outcome: Ok((_, report)) } => {

@@ -1,5 +1,6 @@
 //! `vmm migrate` between real processes: what a destination makes of the guest that comes. Where its console is when
-//! the stream has standard input and output; which guests it turns away, and that it says everything that is in the way.
+//! the stream has standard input and output; which guests it turns away, and that it says everything that is in the way; and
+//! that a guest may come back at once.
 
 mod support;
 
@@ -11,7 +12,7 @@ use std::process::Command;
 
 use rustix::fs::{FileType, Mode};
 use support::guests::Guest;
-use support::moves::{EASY, check_last_line, until};
+use support::moves::{EASY, check_last_line, listens, until};
 use support::vm::{LONG, Place, Vm, binary, has_kvm};
 use vmm::api::socket;
 use vmm::migrate::verdicts::Verdicts;
@@ -173,4 +174,38 @@ fn the_console_is_not_where_the_stream_is() {
     let err = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{err}");
     assert!(err.contains("--serial stdio") && err.contains("carry the stream"), "{err}");
+}
+
+/// Its process is still there, as nobody reads the last of its output, but holds nothing that the guest needs.
+#[test]
+fn a_guest_comes_back_as_soon_as_it_has_gone() {
+    if !has_kvm() {
+        return;
+    }
+    let disks = Place::new();
+    let (image, tty) = (disks.path("image"), disks.path("tty"));
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let option = format!("{},id=data", image.display());
+    let there = format!("id=data,path={}", image.display());
+    let serial = format!("unix:{}", tty.display());
+    let source = Vm::start(Guest::counter(), &["--disk", &option, "--serial", &serial]);
+    until("listens", || listens(&tty));
+    // Its reader doesn't read.
+    let reader = UnixStream::connect(&tty).unwrap();
+    source.wait_until_up();
+    let (away, uri) = Vm::listen(&["--disk", &there, "--serial", "null"]);
+    source.try_move(&uri, &EASY).check_moved();
+    let socket = disks.path("move.sock");
+    let uri = format!("unix:{}", socket.display());
+    let mut back = Command::new(binary());
+    back.args(["migrate", "--listen", &uri, "--serial", &serial, "--disk", &there]);
+    back.arg("--control").arg(source.place.path("vm.sock"));
+    let _back = Vm::spawn(Place::new(), back);
+    until("listens", || listens(&socket));
+    away.try_move(&uri, &EASY).check_moved();
+    assert_eq!(source.info()["state"], "running");
+    let mut source = source;
+    drop(reader);
+    assert_eq!(source.wait().0, Some(0));
+    assert!(source.place.path("vm.sock").exists() && tty.exists(), "its successor's are removed");
 }

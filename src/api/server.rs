@@ -73,6 +73,11 @@ impl Server {
         Ok(Server { socket, accepting: Some(accepting), ended })
     }
 
+    /// Removes the socket's file: another VM may take its place. Who is connected is still answered.
+    pub fn vacate(&self) {
+        self.socket.remove();
+    }
+
     /// Where it listens.
     #[must_use]
     pub fn path(&self) -> &std::path::Path {

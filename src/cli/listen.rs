@@ -149,7 +149,7 @@ pub(super) fn live(
     inbox: mpsc::Receiver<Event>,
 ) -> Outcome {
     let Arrived { vm, server, console } = arrived;
-    let end = control::serve(vm, &console, events, &inbox).map_err(run::RunError::from);
+    let end = control::serve(vm, &console, &server, events, &inbox).map_err(run::RunError::from);
     if !console.flush(CONSOLE_FLUSH_TIMEOUT) {
         tracing::warn!("the console's reader is too slow: some of the guest's output is lost");
     }

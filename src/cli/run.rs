@@ -82,7 +82,7 @@ fn run(args: RunArgs) -> Outcome {
     let (events, inbox) = mpsc::channel();
     let server = Server::start(socket, &config.name, events.clone()).map_err(RunError::Serve)?;
     signals.send_to(events.clone()).map_err(RunError::Signals)?;
-    let end = live(config, &events, &inbox);
+    let end = live(config, &server, &events, &inbox);
     // Clients who still wait learn now that the VM has ended, and the last answers are written.
     drop(inbox);
     drop(server);
@@ -90,9 +90,14 @@ fn run(args: RunArgs) -> Outcome {
 }
 
 /// The machine's life. The one place where the command line meets the machine.
-fn live(config: Config, events: &Sender<Event>, inbox: &Receiver<Event>) -> Result<End, RunError> {
+fn live(
+    config: Config,
+    server: &Server,
+    events: &Sender<Event>,
+    inbox: &Receiver<Event>,
+) -> Result<End, RunError> {
     let console = Arc::new(Console::open(&config.serial, events.clone())?);
-    let end = control::run(config, &console, events, inbox);
+    let end = control::run(config, &console, server, events, inbox);
     if !console.flush(CONSOLE_FLUSH_TIMEOUT) {
         tracing::warn!("the console's reader is too slow: some of the guest's output is lost");
     }

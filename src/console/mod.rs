@@ -158,6 +158,13 @@ impl Console {
         wait.recv().unwrap_or_default()
     }
 
+    /// Removes its socket's file, if it has one: another VM may take its place. Who is connected still reads the output.
+    pub fn vacate(&self) {
+        if let Some(socket) = self.live.as_ref().and_then(|live| live.socket.as_ref()) {
+            socket.remove();
+        }
+    }
+
     /// Waits until all output is written, at most for `timeout`. False if something is left. To be
     /// called before this process ends, and after a migration took the guest away.
     #[must_use]

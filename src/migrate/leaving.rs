@@ -17,6 +17,7 @@ use crate::backend::fingerprint::Fingerprint;
 use crate::backend::lock;
 use crate::machine::{Core, Machine};
 use crate::memory::PAGE_SIZE;
+use crate::vcpu::Vcpu;
 use crate::vm::Vm;
 
 /// A guest that may leave: running, or paused by its user.
@@ -170,10 +171,26 @@ pub struct HaltedGuest {
     released: Vec<Option<Fingerprint>>,
 }
 
+/// What is left of a guest that has gone: its memory above all, which takes its time to give back.
+pub struct Remains {
+    _vcpus: Vec<Vcpu>,
+    _core: Box<Core>,
+}
+
 impl HaltedGuest {
     /// The machine, at rest.
     pub(crate) fn core(&self) -> &Core {
         &self.machine.core
+    }
+
+    /// Ends it: its disks and TAPs are free from the return on.
+    #[must_use]
+    pub fn let_go(self) -> Remains {
+        let Machine { vcpus, buses, mut core } = self.machine;
+        drop(buses);
+        core.platform.disks.clear();
+        core.platform.taps.clear();
+        Remains { _vcpus: vcpus, _core: core }
     }
 
     /// The VM at rest, for its user to resume.
