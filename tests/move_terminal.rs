@@ -1,18 +1,19 @@
 //! What a person sees of a migration, at a terminal and without one, with tiny guests on any KVM: the bar, what
-//! becomes of it at the end, and Ctrl-C.
+//! becomes of it at the end, and Ctrl-C, at either end.
 
 #[path = "support/screen.rs"]
 mod screen;
 mod support;
 
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
 use screen::Screen;
 use support::guests::Guest;
-use support::moves::until;
+use support::moves::{EASY, listens, until};
 use support::pty::{COOKED, Pty};
-use support::vm::{Vm, has_kvm};
+use support::vm::{Place, Vm, binary, has_kvm};
 
 /// Slow enough for the bar to be drawn in each round, which lasts half a second.
 const SLOW: [&str; 2] = ["--bandwidth", "64M"];
@@ -155,6 +156,60 @@ fn ctrl_c_cancels_and_leaves_the_terminal_in_order() {
     assert_eq!(source.info()["state"], "running");
     source.read_some(2);
     assert_eq!(destination.wait().0, Some(1));
+}
+
+/// A listener at a terminal, which waits for a guest.
+fn listen_at_terminal(place: &Place) -> (Pty, String) {
+    let uri = format!("unix:{}", place.path("move.sock").display());
+    let mut command = Command::new(binary());
+    command.args(["migrate", "--listen", &uri, "--control"]).arg(place.path("vm.sock"));
+    let mut pty = Pty::sized(command.env_remove("VMM_LOG"), 80);
+    pty.read_until("waiting for a guest");
+    until("listens", || listens(&place.path("move.sock")));
+    (pty, uri)
+}
+
+#[test]
+fn ctrl_c_at_the_destination_cancels_too() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = dirtier();
+    let place = Place::new();
+    let (mut pty, uri) = listen_at_terminal(&place);
+    let client = source.start_move(&uri, &SLOW);
+    let mut screen = Screen::new(80);
+    screen.show(&pty.read_until("pre-copy"));
+    assert!(pty.modes().contains(COOKED), "{:?}", pty.modes());
+    pty.type_in(b"\x03");
+    assert_eq!(watch(pty, &mut screen), Some(1));
+    let left = screen.left();
+    let line = left.last().unwrap_or_else(|| panic!("{left:?}"));
+    assert!(
+        line.starts_with("vmm: the migration failed: ") && line.contains("cancelled"),
+        "{left:?}"
+    );
+    client.wait().check_failed(&["the destination says", "cancelled"]);
+    assert_eq!(source.info()["state"], "running");
+    source.read_some(2);
+}
+
+#[test]
+fn what_is_typed_before_the_guest_is_there_is_not_the_guests() {
+    if !has_kvm() {
+        return;
+    }
+    let source = Vm::start(Guest::echo(), &["--name", "web"]);
+    source.wait_until_up();
+    let place = Place::new();
+    let (mut pty, uri) = listen_at_terminal(&place);
+    pty.type_in(b"early\n");
+    source.try_move(&uri, &EASY).check_moved();
+    pty.read_until("this terminal is the guest's");
+    pty.type_in(b"late\x04");
+    let (status, shown) = pty.read_to_end();
+    assert!(shown.ends_with("late") && !shown.contains("early"), "{shown:?}");
+    assert_eq!(status, Some(0), "{shown:?}");
 }
 
 /// A VM that doesn't answer, for it stands still, is left behind by one more Ctrl-C.

@@ -3,6 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmm_migration::channel::Flow;
@@ -21,6 +22,9 @@ use crate::migrate::link::{LinkError, Listener};
 use crate::migrate::uri::Uri;
 use crate::migrate::verdicts::Verdicts;
 use crate::signals;
+
+/// How long a signal is under way to the control thread.
+const UNDER_WAY: Duration = Duration::from_millis(100);
 
 /// Why no guest was taken in.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +93,9 @@ pub fn run(args: ListenArgs) -> Outcome {
                 if !json {
                     log::print(&here(arrived.vm.config()));
                 }
+                if arrived.console.begin() {
+                    forget_interrupts(&inbox, &events);
+                }
                 return live(*arrived, &events, inbox);
             }
             Arrival::Failed { why, in_doubt } => {
@@ -110,6 +117,21 @@ pub fn run(args: ListenArgs) -> Outcome {
     match failure {
         Some(why) => Err(ListenError::Failed(why).into()),
         None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// A Ctrl-C that came too late to cancel the move doesn't end the guest: the terminal is the guest's now, and no further one
+/// comes from there.
+fn forget_interrupts(inbox: &mpsc::Receiver<Event>, events: &mpsc::Sender<Event>) {
+    let until = Instant::now() + UNDER_WAY;
+    let mut others = Vec::new();
+    while let Ok(event) = inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        if !matches!(event, Event::Signal(libc::SIGINT)) {
+            others.push(event);
+        }
+    }
+    for event in others {
+        let _ = events.send(event);
     }
 }
 

@@ -67,9 +67,9 @@ with --listen:
                           survive; --serial is null then, or a path with {name}
   --json                  one JSON object a line on standard error as the migration goes
 
-Ctrl-C, or --cancel, cancels at any time before commitment: the guest runs on at the source. --resolve is
-for a source that asked its destination to run the guest and never heard whether it does: resume only if
-it doesn't and won't, discard if it does.
+Ctrl-C at either end, or --cancel, cancels at any time before commitment: the guest runs on at the source.
+--resolve is for a source that asked its destination to run the guest and never heard whether it does: resume
+only if it doesn't and won't, discard if it does.
 
 exit status: of --connect 0 when the guest has moved; of --listen that of 'vmm run' for the VM it took
 example: vmm migrate --listen tcp:0.0.0.0:4444           (there)

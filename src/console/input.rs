@@ -5,7 +5,7 @@
 //! spite of `poll`. While the machine is in motion it reaches the UART through its bus slot.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, IoSliceMut, IsTerminal, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -38,6 +38,9 @@ const BUSY: &[u8] = b"vmm: another client has this console\r\n";
 
 /// What the control thread tells the input thread.
 pub enum Message {
+    /// The guest has come for which the terminal was left alone; to be answered, when the terminal is the guest's, with
+    /// whether there is one.
+    Begin(SyncSender<bool>),
     /// The machine is in motion.
     Attach(Uart),
     /// The machine comes to rest, or is at rest and about to leave; to be answered, when the UART has been let
@@ -86,6 +89,8 @@ pub struct Input {
     output: Arc<Output>,
     source: Source,
     uart: Option<Uart>,
+    /// The guest isn't here yet: a terminal is left as it is, and what is typed isn't the guest's.
+    awaits: bool,
     /// Read, but not yet taken by the UART.
     typed: VecDeque<u8>,
     /// What the UART takes, as far as is known.
@@ -110,7 +115,8 @@ impl Input {
         output: Arc<Output>,
     ) -> Self {
         let typed = VecDeque::new();
-        Self { notice, messages, events, output, source, uart: None, typed, room: 0 }
+        let (uart, awaits, room) = (None, false, 0);
+        Self { notice, messages, events, output, source, uart, awaits, typed, room }
     }
 
     /// The thread: runs until [`Message::Stop`], or until the console is gone.
@@ -145,14 +151,35 @@ impl Input {
         true
     }
 
-    /// Whether a user sits at a terminal.
-    pub fn is_interactive(&self) -> bool {
+    /// Leaves a terminal alone until [`Message::Begin`].
+    pub fn await_guest(&mut self) {
+        self.awaits = true;
+    }
+
+    /// Takes the terminal, if there is one, and says so there.
+    pub fn take_terminal(&mut self) {
+        self.watch_foreground();
+        if matches!(self.source, Source::Terminal { .. }) && io::stderr().is_terminal() {
+            eprintln!("{}", escape::NOTE);
+        }
+    }
+
+    fn begin(&mut self) -> bool {
+        self.awaits = false;
+        self.watch_foreground();
+        if matches!(self.source, Source::Terminal { ours: true, .. }) {
+            terminal::forget_typed();
+        }
+        self.take_terminal();
         matches!(self.source, Source::Terminal { .. })
     }
 
     /// Takes the terminal when this process is in the foreground, and after it was stopped.
-    pub fn watch_foreground(&mut self) {
+    fn watch_foreground(&mut self) {
         let Source::Terminal { ours, .. } = &mut self.source else { return };
+        if self.awaits {
+            return;
+        }
         if !terminal::is_ours() {
             *ours = false;
         } else if terminal::was_continued() || !*ours {
@@ -171,6 +198,7 @@ impl Input {
         let hungry = self.room > 0 && self.typed.is_empty();
         let (mut input, mut listening, mut timeout) = (None, None, None);
         match &self.source {
+            Source::Terminal { .. } if self.awaits => {}
             Source::Terminal { ours: true, .. } => input = Some((stdin.as_fd(), PollFlags::IN)),
             Source::Terminal { ours: false, .. } => timeout = Some(BACKGROUND_LOOK),
             Source::Stream if hungry => input = Some((stdin.as_fd(), PollFlags::IN)),
@@ -205,6 +233,7 @@ impl Input {
     fn obey(&mut self) -> bool {
         loop {
             match self.messages.try_recv() {
+                Ok(Message::Begin(done)) => drop(done.send(self.begin())),
                 Ok(Message::Attach(uart)) => self.uart = Some(uart),
                 Ok(Message::Detach(done)) => {
                     // What was read for the guest goes with it; what wasn't is left to whoever reads next.

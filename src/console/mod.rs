@@ -95,6 +95,23 @@ impl Console {
     /// # Errors
     /// As [`ConsoleError`] says.
     pub fn open(target: &SerialTarget, events: Sender<Event>) -> Result<Self, ConsoleError> {
+        Self::start(target, events, Input::take_terminal)
+    }
+
+    /// As [`Self::open`], for a guest that is yet to come: until [`Self::begin`] a terminal stays as it is, with Ctrl-C a
+    /// signal to this process.
+    ///
+    /// # Errors
+    /// As [`ConsoleError`] says.
+    pub fn await_guest(target: &SerialTarget, events: Sender<Event>) -> Result<Self, ConsoleError> {
+        Self::start(target, events, Input::await_guest)
+    }
+
+    fn start(
+        target: &SerialTarget,
+        events: Sender<Event>,
+        prepare: fn(&mut Input),
+    ) -> Result<Self, ConsoleError> {
         let mut socket = None;
         let (sink, source) = match target {
             SerialTarget::Null => return Ok(Self { live: None }),
@@ -120,10 +137,7 @@ impl Console {
         let live = Live { output, notice, messages, socket };
         // Before the guest's first byte and before the note, so that keys typed at either aren't
         // the host's.
-        input.watch_foreground();
-        if input.is_interactive() && io::stderr().is_terminal() {
-            eprintln!("{}", escape::NOTE);
-        }
+        prepare(&mut input);
         std::thread::Builder::new()
             .name("console-in".to_owned())
             .spawn(move || input.run())
@@ -138,6 +152,17 @@ impl Console {
             Some(live) => live.output.wire(),
             None => Box::new(NullWire),
         }
+    }
+
+    /// The guest of [`Self::await_guest`] is here: from the return on a terminal is the guest's; what was typed before is
+    /// nobody's. Gives whether there is one.
+    #[must_use]
+    pub fn begin(&self) -> bool {
+        let Some(live) = &self.live else { return false };
+        let (done, wait) = sync_channel(1);
+        live.tell(Message::Begin(done));
+        // An error means that the thread has ended, and with it all input.
+        wait.recv().unwrap_or(false)
     }
 
     /// The machine is in motion, and `uart` is how to reach its serial port.

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use super::notice::Notice;
 use rustix::io::Errno;
 use rustix::termios::{
-    OptionalActions, OutputModes, SpecialCodeIndex, Termios, tcgetattr, tcgetpgrp, tcsetattr,
+    OptionalActions, OutputModes, QueueSelector, SpecialCodeIndex, Termios, tcflush, tcgetattr,
+    tcgetpgrp, tcsetattr,
 };
 
 /// The terminal's modes before the first change.
@@ -64,6 +65,12 @@ pub fn enter(notice: &Notice) -> io::Result<()> {
     raw.special_codes[SpecialCodeIndex::VTIME] = 0;
     RAW.store(true, Ordering::SeqCst);
     Ok(tcsetattr(io::stdin(), OptionalActions::Now, &raw)?)
+}
+
+/// Drops what was typed and not read yet. To be called in the foreground.
+pub fn forget_typed() {
+    // What can't be dropped is read.
+    let _ = tcflush(io::stdin(), QueueSelector::IFlush);
 }
 
 /// Gives the terminal the modes that it had. Safe to call at any time, from anywhere, again.

@@ -100,7 +100,7 @@ impl Host for LocalHost {
         reasons.extend(more.into_iter().chain(held));
         reasons.extend(fitting::layout_reason(&config, plan));
         reasons.extend(fitting::tap_reasons(&config));
-        let place = self.place(&config, reasons.is_empty()).map_err(|more| reasons.extend(more));
+        let place = self.place(&config).map_err(|more| reasons.extend(more));
         let (Ok((server, console)), []) = (place, reasons.as_slice()) else { return Err(reasons) };
         let origin = Origin {
             backing: Backing::Fresh { hugepages: config.hugepages },
@@ -187,15 +187,11 @@ impl LocalHost {
         }
     }
 
-    /// The guest's control socket and console, or what is in the way of either. A guest that doesn't fit gets no
-    /// terminal, which would be left at once.
-    fn place(&self, config: &Config, fits: bool) -> Result<(Server, Arc<Console>), Vec<String>> {
+    /// The guest's control socket and console, or what is in the way of either.
+    fn place(&self, config: &Config) -> Result<(Server, Arc<Console>), Vec<String>> {
         let serve = |socket| Server::start(socket, &config.name, self.events.clone());
         let server = self.socket(config).map_err(one_line).and_then(|s| serve(s).map_err(one_line));
-        let console = match config.serial {
-            SerialTarget::Stdio if !fits => Err(Vec::new()),
-            _ => Console::open(&config.serial, self.events.clone()).map_err(one_line),
-        };
+        let console = Console::await_guest(&config.serial, self.events.clone()).map_err(one_line);
         match (server, console) {
             (Ok(server), Ok(console)) => Ok((server, Arc::new(console))),
             (server, console) => {
