@@ -209,3 +209,25 @@ fn a_guest_comes_back_as_soon_as_it_has_gone() {
     assert_eq!(source.wait().0, Some(0));
     assert!(source.place.path("vm.sock").exists() && tty.exists(), "its successor's are removed");
 }
+
+/// As one that has as many guests as it takes, which says so in the same way.
+#[test]
+fn a_listener_that_can_not_start_a_guests_process_says_so() {
+    if !has_kvm() {
+        return;
+    }
+    let source = Vm::start(Guest::spin(), &[]);
+    source.wait_until_up();
+    let place = Place::new();
+    let (program, socket) = (place.path("vmm"), place.path("move.sock"));
+    std::fs::copy(binary(), &program).unwrap();
+    let uri = format!("unix:{}", socket.display());
+    let mut command = Command::new(&program);
+    command.args(["migrate", "--listen", &uri, "--keep"]);
+    let _listener = Vm::spawn(place, command);
+    until("listens", || listens(&socket));
+    std::fs::remove_file(&program).unwrap();
+    let words = ["the destination says", "can't start", "for a guest"];
+    source.try_move(&uri, &EASY).check_failed(&words);
+    assert_eq!(source.info()["state"], "running");
+}

@@ -142,6 +142,14 @@ fn unix(stream: UnixStream) -> io::Result<Channel> {
     Ok(channel(stream))
 }
 
+/// A channel over what [`Listener::accept_for_another`] gave, a socket of either kind.
+///
+/// # Errors
+/// The kernel's.
+pub fn over(connection: OwnedFd) -> io::Result<Channel> {
+    unix(UnixStream::from(connection))
+}
+
 /// Standard input and output, which may be pipes that others share: never made non-blocking.
 struct Pipes {
     input: File,
