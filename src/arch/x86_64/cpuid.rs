@@ -13,8 +13,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
-/// Most vCPUs of one machine: APIC ids are 8 bits wide without interrupt remapping, 255 is broadcast.
-pub const CPUS_MAX: u32 = 255;
+use crate::config::CPUS_MAX;
 
 /// One of CPUID's four output registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

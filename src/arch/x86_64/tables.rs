@@ -39,7 +39,7 @@ const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
 /// What the tables describe.
 #[derive(Clone, Copy, Debug)]
 pub struct Description<'a> {
-    /// vCPUs, 1 to [`super::cpuid::CPUS_MAX`]; their APIC ids are 0 up.
+    /// vCPUs, 1 to [`crate::config::CPUS_MAX`]; their APIC ids are 0 up.
     pub cpus: u32,
     /// Each virtio device's register base and interrupt line, in the order of their slots.
     pub virtio: &'a [(u64, u32)],
