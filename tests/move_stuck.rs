@@ -1,4 +1,4 @@
-//! Ends of a migration that stand still: stopped, or behind a pipe that nobody reads any more. The other end's patience is
+//! Ends of a migration that stand still: stopped, or behind a pipe that nobody reads any more, or at storage that hangs. The other end's patience is
 //! over after a while: one line says so, the guest runs on at the source, and what stood still starts no second copy when
 //! it goes on. What takes long here is waiting, so it is done side by side.
 
@@ -8,8 +8,10 @@ use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write, pipe};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -346,4 +348,48 @@ fn a_standard_output_that_is_full() {
         &|| output_is_full(ROUND_END, "pre-copy"),
         &|| output_is_full(END, "stop-and-copy"),
     ]);
+}
+
+/// Has a process hold a lease on a file: whoever opens it waits for that process, which does nothing, for as long as
+/// `/proc/sys/fs/lease-break-time` says (45 s by default).
+fn lease(path: &Path) -> Child {
+    // F_SETLEASE, F_WRLCK. SIGIO asks for the lease.
+    const PROGRAM: &str = "$SIG{IO} = 'IGNORE'; open(my $f, '+<', $ARGV[0]) or die $!; \
+                           fcntl($f, 1024, 1) or die $!; $| = 1; print 'leased'; sleep 100;";
+    let mut command = Command::new("perl");
+    command.args(["-e", PROGRAM]).arg(path).stdout(Stdio::piped());
+    let mut holder = command.spawn().expect("perl is there");
+    holder.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).expect("a lease");
+    holder
+}
+
+/// Whether somebody waits for a lease on a file.
+fn is_awaited(path: &Path) -> bool {
+    let inode = format!(":{} ", fs::metadata(path).unwrap().ino());
+    let locks = fs::read_to_string("/proc/locks").unwrap();
+    locks.lines().any(|line| line.contains("BREAKING") && line.contains(&inode))
+}
+
+#[test]
+fn a_destination_whose_storage_hangs_can_be_cancelled() {
+    if !has_kvm() {
+        return;
+    }
+    let place = Place::new();
+    let disks = ["here", "there"].map(|name| place.path(name));
+    disks.iter().for_each(|disk| fs::write(disk, [0; 1 << 16]).unwrap());
+    let option = format!("{},id=data", disks[0].display());
+    let mut source = Vm::start(Guest::dirtier(4, 0), &["--disk", &option]);
+    let there = format!("id=data,path={}", disks[1].display());
+    let (mut destination, uri) = Vm::listen(&["--disk", &there]);
+    let mut holder = lease(&disks[1]);
+    let client = source.start_move(&uri, &EASY);
+    until("opens the disk", || is_awaited(&disks[1]));
+    destination.signal(Signal::INT);
+    client.wait().check_failed(&["reservation", "the destination says", "cancelled"]);
+    assert_eq!(destination.wait().0, Some(1));
+    assert!(is_awaited(&disks[1]), "it was cancelled when the disk was there");
+    runs(&mut source);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
 }

@@ -129,7 +129,12 @@ struct Place;
 impl Host for Place {
     type Vacant = Still;
 
-    fn reserve(&mut self, plan: &Plan, _: Option<u64>) -> Result<Reserved<Still>, Vec<String>> {
+    fn reserve(
+        &mut self,
+        plan: &Plan,
+        _: Option<u64>,
+        _: &mut dyn FnMut() -> Flow,
+    ) -> Result<Reserved<Still>, Vec<String>> {
         let pages = usize::try_from(plan.touched_pages).expect("it fits");
         let guest = Still(vec![0; pages * PAGE_SIZE]);
         Ok(Reserved { guest, locks_seen: false, warnings: Vec::new() })

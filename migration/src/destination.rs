@@ -302,7 +302,7 @@ impl Destination<Greeted> {
             return Err(common.refuse(faults));
         }
         let Reserved { mut guest, locks_seen, mut warnings } =
-            host.reserve(&reserve.plan, lock_mark).map_err(|reasons| common.refuse(reasons))?;
+            common.make_place(host, &reserve.plan, lock_mark, observer)?;
         let reasons = reserve.plan.section_reasons(&guest.parts());
         if !reasons.is_empty() {
             return Err(common.refuse(reasons));
@@ -345,6 +345,29 @@ impl Common {
                 Ok(other) => return Err(self.unexpected(&other, "Reserve")),
                 Err(error) => return Err(self.give_up(error)),
             }
+        }
+    }
+
+    /// Has the host make a place for the guest, unless the observer cancels that.
+    fn make_place<H: Host>(
+        &mut self,
+        host: &mut H,
+        plan: &Plan,
+        lock_mark: Option<u64>,
+        observer: &mut dyn Observer,
+    ) -> Result<Reserved<H::Vacant>, Box<Ended>> {
+        let (progress, mut is_cancelled) = (self.progress, false);
+        let mut poll = || {
+            let flow = observer.observe(&progress);
+            is_cancelled |= flow == Flow::Cancel;
+            flow
+        };
+        match host.reserve(plan, lock_mark, &mut poll) {
+            _ if is_cancelled => {
+                let (stage, source) = (progress.stage, ChannelError::Cancelled);
+                Err(self.give_up(MigrateError::Channel { stage, source }))
+            }
+            made => made.map_err(|reasons| self.refuse(reasons)),
         }
     }
 

@@ -236,14 +236,16 @@ pub trait Host {
     /// Checks everything that the plan needs and builds the guest: configuration, memory, vCPUs' features
     /// (a subset of this host's: name each missing one), MSRs, XSAVE, TSC, disks (reachable, of the
     /// right size, not locked by anybody but the source, whose locks `lock_mark` tells: see
-    /// [`Live::lock_mark`]), TAPs, name. The crate has checked the layout and checks the sections itself.
+    /// [`Live::lock_mark`]), TAPs, name. The crate has checked the layout and checks the sections itself. `poll` is asked
+    /// about every 100 ms, and cancels the wait: a disk's storage may hang.
     ///
     /// # Errors
-    /// Every reason found, not only the first; one line each.
+    /// Every reason found, not only the first; one line each. Whatever they are where `poll` cancelled.
     fn reserve(
         &mut self,
         plan: &Plan,
         lock_mark: Option<u64>,
+        poll: &mut dyn FnMut() -> Flow,
     ) -> Result<Reserved<Self::Vacant>, Vec<String>>;
 }
 

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_devices::virtio::announce::announce_frames;
+use vmm_migration::channel::Flow;
 use vmm_migration::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use vmm_migration::pages::Run;
 use vmm_migration::plan::{Plan, SectionId};
 use vmm_migration::state::Section;
 
+use super::aside::aside;
 use super::cpu;
 use super::fitting::{self, Locks};
 use super::mapping::Mapping;
@@ -54,6 +56,7 @@ pub struct Overrides {
 }
 
 /// This host, which takes one guest.
+#[derive(Clone)]
 pub struct LocalHost {
     /// What differs here.
     pub overrides: Overrides,
@@ -89,6 +92,19 @@ impl Host for LocalHost {
         &mut self,
         plan: &Plan,
         lock_mark: Option<u64>,
+        poll: &mut dyn FnMut() -> Flow,
+    ) -> Result<Reserved<VacantGuest>, Vec<String>> {
+        let (host, plan) = (self.clone(), plan.clone());
+        let made = aside("reserve", move || host.make_place(&plan, lock_mark), poll);
+        made.map_err(one_line)?.unwrap_or_else(|| Err(Vec::new()))
+    }
+}
+
+impl LocalHost {
+    fn make_place(
+        &self,
+        plan: &Plan,
+        lock_mark: Option<u64>,
     ) -> Result<Reserved<VacantGuest>, Vec<String>> {
         let mut reasons = cpu::lacking_here(&plan.cpu);
         let config = self.configure(plan);
@@ -113,9 +129,7 @@ impl Host for LocalHost {
         let guest = VacantGuest { mapping: None, machine, server, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings })
     }
-}
 
-impl LocalHost {
     /// The guest's configuration, with what differs here.
     pub(super) fn configure(&self, plan: &Plan) -> Result<Config, Vec<String>> {
         let mut config = Config::restore(&plan.config).map_err(one_line)?;

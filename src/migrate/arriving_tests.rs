@@ -66,7 +66,7 @@ fn check(reasons: &[String], words: &[&str]) {
 
 #[test]
 fn every_reason_is_told_at_once() {
-    let mut here = destination(Overrides {
+    let here = destination(Overrides {
         control: Some("/proc/none/web.sock".into()),
         serial: Some(SerialTarget::File("/nowhere/log".into())),
         ..Overrides::default()
@@ -88,7 +88,7 @@ fn every_reason_is_told_at_once() {
         .into();
     plan.disks.push(DiskNeed { id: "data".into(), ..plan.disks[0].clone() });
     plan.spaces = vec![Space { id: SPACE_RAM, regions: vec![Region { first_page: 0, pages: 1 }] }];
-    let Err(mut reasons) = here.reserve(&plan, Some(1)) else { panic!("it has a place here") };
+    let Err(mut reasons) = here.make_place(&plan, Some(1)) else { panic!("it has a place here") };
     // Without KVM that is the first reason.
     if std::env::var_os("NO_KVM").is_some_and(|v| v == "1") {
         reasons[0] = "the guest is for s390x".to_owned();
@@ -111,12 +111,12 @@ fn every_reason_is_told_at_once() {
 
 #[test]
 fn a_configuration_that_can_t_be_is_told_beside_the_rest() {
-    let mut here = destination(Overrides {
+    let here = destination(Overrides {
         disks: vec![("other".into(), "/x".into())],
         only_listed: true,
         ..Overrides::default()
     });
-    let Err(reasons) = here.reserve(&plan(), None) else { panic!("it has a place here") };
+    let Err(reasons) = here.make_place(&plan(), None) else { panic!("it has a place here") };
     check(
         &reasons[1..],
         &[
@@ -128,7 +128,7 @@ fn a_configuration_that_can_t_be_is_told_beside_the_rest() {
     );
     let mut garbage = plan();
     garbage.config = b"{".to_vec();
-    let Err(reasons) = here.reserve(&garbage, None) else { panic!("it has a place here") };
+    let Err(reasons) = here.make_place(&garbage, None) else { panic!("it has a place here") };
     check(&reasons[1..], &["MiB of memory", "the guest's configuration can't be read"]);
 }
 

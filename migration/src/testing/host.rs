@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::guest::{FakeLive, Habits, Ram};
 use super::link::End;
 use super::world::{Side, World};
-use crate::channel::Clock;
+use crate::channel::{Clock, Flow};
 use crate::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use crate::pages::Run;
 use crate::plan::{Plan, SectionId};
@@ -30,8 +30,12 @@ impl Host for FakeHost {
         &mut self,
         plan: &Plan,
         lock_mark: Option<u64>,
+        poll: &mut dyn FnMut() -> Flow,
     ) -> Result<Reserved<FakeVacant>, Vec<String>> {
         self.world.step(Side::Destination);
+        if poll() == Flow::Cancel {
+            return Err(Vec::new());
+        }
         if plan.config != [1, 2, 3] {
             return Err(vec!["another configuration".to_owned()]);
         }
