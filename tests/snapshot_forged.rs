@@ -125,7 +125,7 @@ fn state_that_no_writer_makes() {
     type Lie = fn(&mut Vec<Record>);
     let original = Original::new();
     let lies: [(Lie, &[&str]); 12] = [
-        (|r| drop(r.remove(first(r, SECTION))), &["/0 is missing"]),
+        (|r| drop(r.remove(first(r, SECTION))), &["section irqchip/0 version 1 is missing"]),
         (|r| r.insert(first(r, SECTION), r[first(r, SECTION)].clone()), &["came twice"]),
         (|r| change(r, |s| s.kind = "flux".into()), &["section flux/0 version", "not announced"]),
         (|r| change(r, |s| s.version += 1), &["version 2 was not announced"]),

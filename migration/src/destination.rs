@@ -19,9 +19,11 @@ use crate::report::{Observer, Progress, Stage, micros};
 use crate::state::Section;
 
 mod handover;
+mod question;
 mod receiver;
 
 pub use handover::{Committed, Farewell, Restored, Verdict};
+pub use question::{Question, refuse};
 pub use receiver::Copied;
 
 /// What the destination was started with.
@@ -108,45 +110,6 @@ pub enum Opening {
     Migrate(Destination<Greeted>),
     /// A source in doubt, to be answered with [`Question::answer`].
     Question(Box<Question>),
-}
-
-/// A source in doubt.
-#[derive(Debug)]
-pub struct Question {
-    channel: Channel,
-    still: Duration,
-    /// The migration it asks about.
-    pub id: MigrationId,
-}
-
-impl Question {
-    /// Answers: with the verdict on that migration, or, if there is none, that nothing is known of it. Gives
-    /// whether the source has let go of the matter.
-    #[must_use]
-    pub fn answer(mut self, verdicts: &[Verdict]) -> bool {
-        let verdict = verdicts.iter().find(|verdict| verdict.id == self.id);
-        let message = verdict.map_or(Message::UnknownId, |verdict| verdict.message());
-        let mut poll = || Flow::Continue;
-        let mut wait = Wait::within(self.still, self.channel.now(), &mut poll);
-        let sent = self.channel.send(&message, &mut wait);
-        match verdict {
-            Some(verdict) if verdict.is_activated() => {
-                sent.is_ok() && matches!(self.channel.recv("Done", &mut wait), Ok(Message::Done))
-            }
-            _ => false,
-        }
-    }
-}
-
-/// Turns a connection away, with a reason: the second source at a busy listener.
-pub fn refuse(mut channel: Channel, reason: &str) {
-    let mut poll = || Flow::Continue;
-    let mut wait = Wait::within(Duration::from_secs(1), channel.now(), &mut poll);
-    channel.put_preamble();
-    // Who doesn't hear it sees the connection end.
-    let _ = channel.send(&Message::Refused(Reasons::one(reason)), &mut wait);
-    // What it says is read before the connection ends: or else a socket's end would overtake the reason.
-    let _ = channel.recv_preamble(&mut wait).and_then(|()| channel.recv("Hello", &mut wait));
 }
 
 /// Stage 0, pre-migration: finds out what a new connection wants.

@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use super::guests::Guest;
 
@@ -192,15 +192,23 @@ impl Vm {
         kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
     }
 
-    /// What kills it, from another thread, while it isn't waited for.
+    /// What kills it, from another thread, while it isn't waited for. Nothing of it runs any more afterwards.
     pub fn killer(&self) -> impl FnOnce() + Send + 'static {
-        self.signaller(Signal::KILL)
+        let (kill, pid) = (self.signaller(Signal::KILL), self.pid());
+        move || {
+            kill();
+            waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT).unwrap();
+        }
     }
 
     /// As [`Self::killer`], with another signal.
     pub fn signaller(&self, signal: Signal) -> impl FnOnce() + Send + 'static {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        let pid = self.pid();
         move || kill_process(pid, signal).unwrap()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
     }
 
     /// Waits for the end; gives the exit status and what was said on standard error.
