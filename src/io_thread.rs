@@ -28,30 +28,47 @@ pub struct IoThread {
 #[derive(Clone)]
 pub struct Endpoint {
     remote: RemoteEndpoint<Task>,
+    flags: Flags,
+}
+
+/// How the thread is told.
+#[derive(Clone, Default)]
+struct Flags {
+    /// It serves no device.
     rests: Arc<AtomicBool>,
+    /// It doesn't nap meanwhile: somebody waits.
+    hurries: Arc<AtomicBool>,
 }
 
 /// While it lasts, the thread serves no device: no I/O begins.
-pub struct Rest(Arc<AtomicBool>);
+pub struct Rest(Flags);
+
+impl Rest {
+    /// The thread passes over events without a nap from here on: its end is near.
+    pub fn hurry(&self) {
+        self.0.hurries.store(true, Ordering::Release);
+    }
+}
 
 impl Drop for Rest {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.0.rests.store(false, Ordering::Release);
+        self.0.hurries.store(false, Ordering::Release);
     }
 }
 
 /// A worker that is passed over while the thread rests. Events are level-triggered: none is lost.
 struct Task {
     worker: Box<Worker>,
-    rests: Arc<AtomicBool>,
+    flags: Flags,
 }
 
 impl MutEventSubscriber for Task {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if self.rests.load(Ordering::Acquire) {
-            std::thread::sleep(REST_NAP);
-        } else {
+        if !self.flags.rests.load(Ordering::Acquire) {
             self.worker.process(events, ops);
+        } else if !self.flags.hurries.load(Ordering::Acquire) {
+            std::thread::sleep(REST_NAP);
         }
     }
 
@@ -63,8 +80,9 @@ impl MutEventSubscriber for Task {
 const HERE: &str = "the I/O thread outlives the devices and holds what it was lent";
 
 impl Lender for Endpoint {
-    fn lend(&self, worker: Box<Worker>) -> SubscriberId {
-        let task = Task { worker, rests: Arc::clone(&self.rests) };
+    fn lend(&self, mut worker: Box<Worker>) -> SubscriberId {
+        worker.heed(Arc::clone(&self.flags.rests));
+        let task = Task { worker, flags: self.flags.clone() };
         let lent = self
             .remote
             .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(task)));
@@ -80,8 +98,7 @@ impl IoThread {
     /// Starts the thread, with nothing to drive yet.
     pub fn start() -> io::Result<Self> {
         let mut manager = EventManager::<Task>::new().map_err(other)?;
-        let endpoint =
-            Endpoint { remote: manager.remote_endpoint(), rests: Arc::new(AtomicBool::new(false)) };
+        let endpoint = Endpoint { remote: manager.remote_endpoint(), flags: Flags::default() };
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("io".to_owned()).spawn(move || {
@@ -107,10 +124,10 @@ impl IoThread {
     /// # Errors
     /// There can be no further thread.
     pub fn rest(&self, poll: &mut dyn FnMut() -> Flow) -> io::Result<Option<Rest>> {
-        let rest = Rest(Arc::clone(&self.endpoint.rests));
-        rest.0.store(true, Ordering::Release);
+        let rest = Rest(self.endpoint.flags.clone());
+        rest.0.rests.store(true, Ordering::Release);
         let remote = self.endpoint.remote.clone();
-        // What it is at ends before it answers, and what it sees then is passed over.
+        // The request that it is at ends before it answers, and what it sees then is passed over.
         let wait = move || drop(remote.call_blocking(|_| Ok::<_, event_manager::Error>(())));
         Ok(aside("io-rest", wait, poll)?.map(|()| rest))
     }

@@ -1,6 +1,6 @@
 //! Tests of the thread's rest, with a device that it serves.
 
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -9,7 +9,10 @@ use vmm_devices::bus::BusDevice;
 use vmm_devices::irq::IrqLine;
 use vmm_devices::sign::Signs;
 use vmm_devices::virtio::mmio::{VirtioMmio, register};
+use vmm_devices::virtio::queue::QueueIo;
 use vmm_devices::virtio::rng::Rng;
+use vmm_devices::virtio::{ConfigSpace, DriverFault, VirtioDevice};
+use vmm_migration::state::{RestoreError, SaveError, Stateful};
 
 use super::*;
 
@@ -35,10 +38,14 @@ struct Device {
 
 impl Device {
     fn start(io: &IoThread) -> Self {
+        Self::start_with(io, Box::new(Rng::default()))
+    }
+
+    fn start_with(io: &IoThread, device: Box<dyn VirtioDevice>) -> Self {
         let ram = GuestRam::from_ranges(&[(GuestAddress(0), 0x8000)]).unwrap();
         let lender = Box::new(io.endpoint());
         let (line, sign) = (Arc::new(NoLine), Arc::new(Signs::default()));
-        let mmio = VirtioMmio::new(Box::new(Rng::default()), ram.clone(), line, lender, sign);
+        let mmio = VirtioMmio::new(device, ram.clone(), line, lender, sign);
         let mut device = Self { mmio: mmio.unwrap(), ram };
         device.mmio.resume();
         let steps = [
@@ -128,6 +135,88 @@ fn a_rest_waits_for_what_is_under_way_and_begins_nothing() {
     device.mmio.resume();
     drop(rest);
     device.until_served(3);
+    device.mmio.quiesce();
+}
+
+/// A device each of whose requests lasts until it is told to end, and says when it begins.
+struct Slow {
+    rng: Rng,
+    began: Sender<()>,
+    end: Receiver<()>,
+}
+
+impl VirtioDevice for Slow {
+    fn id(&self) -> u32 {
+        self.rng.id()
+    }
+
+    fn features(&self) -> u64 {
+        self.rng.features()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        self.rng.queue_sizes()
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        self.rng.config()
+    }
+
+    fn activate(&mut self, _driver_features: u64) {}
+
+    fn reset(&mut self) {}
+
+    fn process(&mut self, queue: usize, io: &mut QueueIo<'_>) -> Result<(), DriverFault> {
+        while let Some(chain) = io.pop(queue)? {
+            self.began.send(()).unwrap();
+            self.end.recv().unwrap();
+            io.push(queue, chain.head, 16)?;
+        }
+        Ok(())
+    }
+}
+
+impl Stateful for Slow {
+    const KIND: &'static str = "slow";
+    const VERSION: u16 = 1;
+    type State = ();
+
+    fn save(&self) -> Result<(), SaveError> {
+        Ok(())
+    }
+
+    fn restore(&mut self, (): ()) -> Result<(), RestoreError> {
+        Ok(())
+    }
+}
+
+/// A queue may hold many, and each may take long.
+#[test]
+fn a_rest_waits_for_one_request_of_many() {
+    let io = IoThread::start().unwrap();
+    let ((begin, began), (end, ends)) = (channel(), channel());
+    let slow = Slow { rng: Rng::default(), began: begin, end: ends };
+    let mut device = Device::start_with(&io, Box::new(slow));
+    (0..5).for_each(|_| device.ask());
+    began.recv_timeout(PATIENCE).unwrap();
+    let mut looks = 0;
+    let poll = &mut || {
+        looks += 1;
+        if looks == 2 {
+            end.send(()).unwrap();
+        }
+        Flow::Continue
+    };
+    let rest = io.rest(poll).unwrap().expect("a rest");
+    rest.hurry();
+    device.mmio.quiesce();
+    assert_eq!(device.served(), 1);
+    assert!(began.try_recv().is_err(), "another began");
+    // The others are done without another word of the driver's.
+    device.mmio.resume();
+    drop(rest);
+    (0..4).for_each(|_| end.send(()).unwrap());
+    device.until_served(5);
     device.mmio.quiesce();
 }
 

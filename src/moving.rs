@@ -80,7 +80,8 @@ impl Mover<'_> {
     }
 }
 
-/// Who hears that the guest has gone may bring it back at once: what it needs for that is free by then.
+/// Who hears that the guest has gone may bring it back at once: its disks, TAPs and sockets are free by then. Its memory comes
+/// back to the host a moment later.
 fn finish(departure: Departure, uri: &Uri, reply: Reply, vacate: &dyn Fn()) -> Moved {
     match departure {
         Departure::Moved { left, report } => {

@@ -54,6 +54,7 @@ impl Running {
     /// # Errors
     /// There can be no further thread.
     pub fn settle(&mut self, poll: &mut dyn FnMut() -> Flow) -> io::Result<Flow> {
+        self.rest = None;
         self.rest = self.core.io.rest(poll)?;
         Ok(if self.rest.is_some() { Flow::Continue } else { Flow::Cancel })
     }
@@ -70,6 +71,7 @@ impl Running {
         let Self { ticker, rest, buses, core } = self;
         drop(ticker);
         core.threads.iter().for_each(VcpuThread::stop);
+        rest.iter().for_each(Rest::hurry);
         let typed = core.console.detach();
         let vcpus = core.threads.iter().map(VcpuThread::home).collect();
         let mut buses =

@@ -98,6 +98,11 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// Whether the guest is no longer needed: a snapshot has all of it.
+    fn is_past(&self, stage: Stage) -> bool {
+        self.errand == Errand::Snapshot && stage == Stage::Commitment
+    }
+
     fn look(&mut self, progress: &Progress) {
         while let Ok(event) = self.inbox.try_recv() {
             match event {
@@ -110,6 +115,10 @@ impl<'a> Watch<'a> {
                 Event::Request { request, reply } if self.errand.is_cancelled_by(&request) => {
                     self.cancelled = Some(None);
                     reply.done(Ok(json!({})));
+                }
+                // The guest has gone on from what is written, whatever becomes of it.
+                Event::Guest(_) | Event::Vcpu { .. } if self.is_past(progress.stage) => {
+                    self.deferred.push_back(event);
                 }
                 Event::Request { request: Request::Stop { force: true }, .. }
                 | Event::Guest(_)

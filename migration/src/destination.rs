@@ -319,16 +319,23 @@ impl Common {
         lock_mark: Option<u64>,
         observer: &mut dyn Observer,
     ) -> Result<Reserved<H::Vacant>, Box<Ended>> {
-        let (progress, mut is_cancelled) = (self.progress, false);
+        let (progress, until) = (self.progress, self.deadline);
+        let (mut is_cancelled, mut is_late, channel) = (false, false, &self.channel);
         let mut poll = || {
-            let flow = observer.observe(&progress);
-            is_cancelled |= flow == Flow::Cancel;
-            flow
+            is_cancelled |= observer.observe(&progress) == Flow::Cancel;
+            is_late |= until.is_some_and(|until| channel.now() >= until);
+            if is_cancelled || is_late { Flow::Cancel } else { Flow::Continue }
         };
         match host.reserve(plan, lock_mark, &mut poll) {
             _ if is_cancelled => {
                 let (stage, source) = (progress.stage, ChannelError::Cancelled);
                 Err(self.give_up(MigrateError::Channel { stage, source }))
+            }
+            _ if is_late => {
+                let seconds = self.options.reserve.as_secs();
+                Err(self.refuse(vec![format!(
+                    "the guest's place couldn't be made within {seconds} s: a disk's storage may hang"
+                )]))
             }
             made => made.map_err(|reasons| self.refuse(reasons)),
         }

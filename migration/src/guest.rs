@@ -86,6 +86,9 @@ pub trait Live: Memory + Sized {
         Ok(Flow::Continue)
     }
 
+    /// Lets the devices go on, since nothing stops the guest now.
+    fn unsettle(&mut self) {}
+
     /// Sections to try at the destination before a page moves, in the listed versions. The guest may stand
     /// for a moment.
     ///

@@ -18,6 +18,10 @@ const SHRINK: f64 = 0.7;
 const FLUSHES_MAX: u32 = 10;
 /// So many stops are tried before one is taken to last as long as the shortest.
 const STOPS_MAX: u32 = 3;
+/// The share of the downtime limit that the guest's I/O may take to end before its stop, and how often that is tried before it
+/// may take what it takes: the guest dirties meanwhile, and nobody decides again.
+const SETTLED_SHARE: u32 = 4;
+const SETTLES_MAX: u32 = 5;
 /// Rate assumed before anything was sent, in bytes a second.
 const RATE_UNKNOWN: f64 = 1e9;
 /// A page and its share of the table, on the wire.
@@ -63,6 +67,12 @@ impl Limits {
             OnTimeout::Throttle => self.timeout.saturating_mul(2),
         }
     }
+}
+
+/// Whether the guest may be stopped after its I/O took so long to end, tried so often before.
+#[must_use]
+pub(crate) fn is_settled(limits: &Limits, took: Duration, tries: u32) -> bool {
+    took <= limits.downtime / SETTLED_SHARE || tries >= SETTLES_MAX
 }
 
 impl Default for Limits {

@@ -43,7 +43,8 @@ const PINGS: u64 = 3;
 /// How long the peer may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// To give or take any byte; before pre-copy, to give or take the next message.
+    /// To give or take any byte; before pre-copy, to give or take the next message. Before a stop, the guest's storage has as
+    /// long for the request that it is at.
     pub still: Duration,
     /// To take `Reserve` with its sections, and then to make the place, trial restore included.
     pub reserve: Duration,

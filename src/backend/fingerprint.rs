@@ -25,47 +25,43 @@ impl Fingerprint {
 /// File systems keep times as coarse as this at most (FAT: 2 s).
 const COARSEST: Duration = Duration::from_secs(2);
 
-/// Sets the time of modification to a later one. An exact time may be set by the file's owner only; whoever may write
-/// may set the kernel's (utimensat(2)), and waits until that differs.
+/// Sets the time of modification to now, once that differs. An exact time may be set by the file's owner only; whoever may
+/// write may set the kernel's (utimensat(2)). Never one that is yet to come: a write before then would set it back.
 pub(super) fn mark_changed(file: &File) -> io::Result<()> {
-    let before = Fingerprint::of(file)?;
-    let set = |time| file.set_modified(time).and_then(|()| Fingerprint::of(file));
-    match mark_later(before, SystemTime::now(), set) {
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
-        marked => return marked,
-    }
-    let (now, began) = (Timespec { tv_sec: 0, tv_nsec: UTIME_NOW }, Instant::now());
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    until_it_differs(
+        Fingerprint::of(file)?,
+        || match file.set_modified(SystemTime::now()) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(rustix::fs::futimens(file, &times)?)
+            }
+            set => set,
+        },
+        || Fingerprint::of(file),
+    )
+}
+
+/// Marks again and again until what is found isn't what was `before`.
+fn until_it_differs(
+    before: Fingerprint,
+    mut mark: impl FnMut() -> io::Result<()>,
+    found: impl Fn() -> io::Result<Fingerprint>,
+) -> io::Result<()> {
+    let began = Instant::now();
     while began.elapsed() <= COARSEST {
-        rustix::fs::futimens(file, &Timestamps { last_access: now, last_modification: now })?;
-        if Fingerprint::of(file)? != before {
+        mark()?;
+        if found()? != before {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    Err(stands_still())
-}
-
-/// Sets now, or what comes after the time before on a file system whose times are coarser than that. `set` gives what
-/// is found then.
-fn mark_later(
-    before: Fingerprint,
-    now: SystemTime,
-    mut set: impl FnMut(SystemTime) -> io::Result<Fingerprint>,
-) -> io::Result<()> {
-    for later in [Duration::ZERO, COARSEST / 2, COARSEST] {
-        if set(now.max(before.modified) + later)? != before {
-            return Ok(());
-        }
-    }
-    Err(stands_still())
-}
-
-fn stands_still() -> io::Error {
-    io::Error::other("its time of modification stands still")
+    Err(io::Error::other("its time of modification stands still"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
 
@@ -73,26 +69,23 @@ mod tests {
 
     #[test]
     fn times_may_be_coarse() {
-        let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
-        let since = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap();
-        for tick_ms in [1, 1000, 2000] {
-            let kept = |time| {
-                let ms = u64::try_from(since(time).as_millis()).unwrap();
-                Fingerprint { len: 9, modified: at(ms / tick_ms * tick_ms) }
-            };
-            // The last write is of now, or of a moment before or after: clocks may go back.
-            for now in [9999, 10_000, 10_350, 11_999] {
-                let (before, mut marked) = (kept(at(10_300)), None);
-                let set = |time| {
-                    marked = Some(kept(time));
-                    Ok(kept(time))
-                };
-                mark_later(before, at(now), set).unwrap();
-                assert!(marked.unwrap().modified > before.modified, "{tick_ms} ms, {now}");
-            }
-        }
-        let before = Fingerprint { len: 9, modified: at(1) };
-        assert!(mark_later(before, at(2), |_| Ok(before)).is_err());
+        // A file system that keeps a time in so many milliseconds.
+        let tick = Duration::from_millis(300);
+        let kept = Cell::new(0);
+        let epoch = Instant::now();
+        let at =
+            |ticks: u32| Fingerprint { len: 9, modified: SystemTime::UNIX_EPOCH + tick * ticks };
+        let now = || u32::try_from(epoch.elapsed().as_millis() / tick.as_millis()).unwrap();
+        kept.set(now());
+        let before = at(kept.get());
+        let mark = || {
+            kept.set(now());
+            Ok(())
+        };
+        until_it_differs(before, mark, || Ok(at(kept.get()))).unwrap();
+        // The guest's next write is no earlier.
+        assert!(now() >= kept.get() && at(kept.get()) != before);
+        assert!(until_it_differs(before, || Ok(()), || Ok(before)).is_err());
     }
 
     #[test]

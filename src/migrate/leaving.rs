@@ -85,7 +85,11 @@ impl Live for LiveGuest {
             machine.save(listed).map(|sections| (sections, start.elapsed()))
         });
         self.dirtiers = Dirtiers::of(&machine);
-        self.vm = Some(Vm::go_on(machine, paused));
+        let vm = Vm::go_on(machine, paused);
+        if let Vm::Running(running) = &vm {
+            self.dirtiers.start(running);
+        }
+        self.vm = Some(vm);
         self.stall_us = self.stall_us.max(micros(start.elapsed()));
         let (sections, save) = saved?;
         Ok(Example { sections, stop_us: micros(stopped + save) })
@@ -139,10 +143,14 @@ impl Live for LiveGuest {
         }
     }
 
-    fn stop_tracking(&mut self) {
+    fn unsettle(&mut self) {
         if let Some(Vm::Running(running)) = &mut self.vm {
             running.unsettle();
         }
+    }
+
+    fn stop_tracking(&mut self) {
+        self.unsettle();
         if let Err(e) = self.throttle(&[]) {
             tracing::warn!("the throttle can't be lifted: {e}");
         }

@@ -108,7 +108,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::event::{Answer, Event, Reply, Request};
+    use crate::event::{Answer, Event, GuestExit, Reply, Request};
     use crate::watch::{Errand, Watch};
 
     /// A file that takes no more than a pipe does until somebody reads.
@@ -190,5 +190,25 @@ mod tests {
             matches!(deferred.pop_front(), Some(Event::Signal(15))),
             "it is acted on afterwards"
         );
+    }
+
+    /// What is written is whole when it is made durable; before that, it ends with its guest. A migration does at any time.
+    #[test]
+    fn a_guest_that_ends_takes_no_snapshot_along_that_has_all_of_it() {
+        let golden = include_str!("../config/golden-v1.json");
+        let config = Config::restore(golden.lines().next().unwrap().as_bytes()).unwrap();
+        for (errand, stage, flow) in [
+            (Errand::Snapshot, Stage::Commitment, Flow::Continue),
+            (Errand::Snapshot, Stage::StopAndCopy, Flow::Cancel),
+            (Errand::Snapshot, Stage::PreCopy, Flow::Cancel),
+            (Errand::Migration, Stage::Commitment, Flow::Cancel),
+        ] {
+            let ((events, inbox), mut deferred) = (mpsc::channel(), VecDeque::new());
+            events.send(Event::Guest(GuestExit::PowerOff)).unwrap();
+            let mut watch = Watch::new(errand, &inbox, &mut deferred, &config, None);
+            let progress = Progress { stage, ..Progress::default() };
+            assert_eq!(watch.observe(&progress), flow, "{errand:?} {stage:?}");
+            assert!(matches!(deferred.pop_front(), Some(Event::Guest(_))), "it is acted on then");
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! at once.
 
 use std::num::Wrapping;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -46,6 +46,8 @@ pub struct QueueIo<'a> {
     /// A bit for each queue of which the driver was asked to tell the chain after the last one popped.
     armed: u16,
     config_changed: bool,
+    /// While set, no chain is popped.
+    hold: Option<&'a AtomicBool>,
 }
 
 impl<'a> QueueIo<'a> {
@@ -59,7 +61,13 @@ impl<'a> QueueIo<'a> {
         for (mark, queue) in used_before.iter_mut().zip(queues.iter()) {
             *mark = queue.next_used();
         }
-        Self { ram, queues, used_before, armed: 0, config_changed: false }
+        Self { ram, queues, used_before, armed: 0, config_changed: false, hold: None }
+    }
+
+    /// The same, but while `hold` is set the queues seem empty to the device: what waits there has to be looked at again.
+    #[must_use]
+    pub fn held_by(self, hold: &'a AtomicBool) -> Self {
+        Self { hold: Some(hold), ..self }
     }
 
     /// Guest RAM.
@@ -88,6 +96,9 @@ impl<'a> QueueIo<'a> {
     /// The ring or the chain is broken, or the driver made more chains available than its queue holds.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, DriverFault> {
         let ram = self.ram;
+        if self.hold.is_some_and(|hold| hold.load(Ordering::Acquire)) {
+            return Ok(None);
+        }
         let Some(q) = ready(self.queues, queue) else { return Ok(None) };
         let chain = pop(ram, q).map_err(|why| DriverFault::Queue { queue, why: why.to_owned() })?;
         if chain.is_some() {

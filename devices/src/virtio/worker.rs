@@ -3,6 +3,7 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use virtio_queue::{Queue, QueueT};
@@ -54,6 +55,8 @@ pub struct Worker {
     log: RateLimited,
     /// As of the last time the worker was lent.
     sources: Vec<Source>,
+    /// While set, it begins no more of what the guest asks: see [`Worker::heed`].
+    hold: Arc<AtomicBool>,
     /// Of each queue: how often the worker itself kicked it since it last looked.
     own_kicks: [u64; QUEUES_MAX],
 
@@ -71,19 +74,28 @@ impl Worker {
     ) -> Self {
         let log = RateLimited::new(LOG_LINES_PER_SECOND);
         let (sources, own_kicks) = (Vec::new(), [0; QUEUES_MAX]);
-        Self { device, ram, kicks, interrupt, sign, log, sources, own_kicks, queues }
+        let hold = Arc::default();
+        Self { device, ram, kicks, interrupt, sign, log, sources, hold, own_kicks, queues }
+    }
+
+    /// Has it end what it is at, whenever `hold` is set, before the queue is empty: it looks at the queue again later.
+    pub fn heed(&mut self, hold: Arc<AtomicBool>) {
+        self.hold = hold;
     }
 
     pub(super) fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// Runs one call into the device and tells the driver what came of it, also if it failed.
+    /// Runs one call into the device and tells the driver what came of it, also if it failed. One that is held finds the
+    /// queues empty while there is a hold.
     fn call<T>(
         &mut self,
+        is_held: bool,
         f: impl FnOnce(&mut dyn VirtioDevice, &mut QueueIo<'_>) -> Result<T, DriverFault>,
     ) -> Result<T, DriverFault> {
-        let mut io = QueueIo::new(&self.ram, &mut self.queues);
+        let io = QueueIo::new(&self.ram, &mut self.queues);
+        let mut io = if is_held { io.held_by(&self.hold) } else { io };
         let result = f(self.device.as_mut(), &mut io);
         let signals = io.finish();
         self.interrupt.send(*signals.as_ref().unwrap_or(&Default::default()));
@@ -94,11 +106,14 @@ impl Worker {
     fn serve(&mut self, queue: usize) -> Result<bool, DriverFault> {
         for _ in 0..ROUNDS_MAX {
             let before = self.queues[queue].next_avail();
-            let left = self.call(|device, io| {
+            let left = self.call(true, |device, io| {
                 io.disable_notification(queue)?;
                 device.process(queue, io)?;
                 if io.is_armed(queue) { Ok(false) } else { io.enable_notification(queue) }
             })?;
+            if self.hold.load(Ordering::Acquire) {
+                return Ok(true);
+            }
             if !left || self.queues[queue].next_avail() == before {
                 return Ok(false);
             }
@@ -137,7 +152,7 @@ impl Worker {
         ops: &mut EventOps<'_>,
     ) -> Result<(), DriverFault> {
         // Level-triggered: a source that only hangs up would wake the thread for ever.
-        if !readable || !self.call(|device, io| device.source_ready(index, io))? {
+        if !readable || !self.call(false, |device, io| device.source_ready(index, io))? {
             let source = &mut self.sources[index];
             source.watched = false;
             let _ = ops.remove(Events::empty_raw(source.fd));

@@ -9,9 +9,11 @@ use crate::channel::Flow;
 use crate::guest::Live;
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::plan::SectionId;
-use crate::policy::{Decision, Fixed, Limits, Measured, Policy, Verdict};
+use crate::policy::{Decision, Fixed, Limits, Measured, Policy, Verdict, is_settled};
 use crate::report::{Observer, micros};
 use crate::source::{REST, share};
+
+const SETTLING: &str = "letting the guest's devices finish their I/O";
 
 /// Where the rounds begin.
 pub(super) struct Start<'a> {
@@ -57,33 +59,68 @@ impl Written {
 }
 
 impl Files {
-    /// Lets the guest's devices finish their I/O, so that the stop that follows waits for none.
+    /// Lets the guest's devices finish their I/O, so that the stop that follows waits for none. Gives how long that took, or
+    /// will at least: then time is up, and nothing rests.
     pub(super) fn settle<L: Live>(
         &mut self,
         guest: &mut L,
+        bounds: Option<&Bounds>,
         observer: &mut dyn Observer,
-    ) -> Result<(), SnapshotError> {
-        let progress = self.progress;
-        let doing = "letting the guest's devices finish their I/O";
-        let settled = guest.settle(&mut || observer.observe(&progress));
-        match settled.map_err(|source| SnapshotError::Guest { doing, source })? {
-            Flow::Continue => Ok(()),
-            Flow::Cancel => Err(SnapshotError::Cancelled),
+    ) -> Result<Result<Duration, Duration>, SnapshotError> {
+        let (progress, start, mut is_cancelled) = (self.progress, Instant::now(), false);
+        let settled = guest.settle(&mut || {
+            is_cancelled = observer.observe(&progress) == Flow::Cancel;
+            let is_over = bounds.is_some_and(Bounds::is_reached);
+            if is_cancelled || is_over { Flow::Cancel } else { Flow::Continue }
+        });
+        let settled = settled.map_err(|source| SnapshotError::Guest { doing: SETTLING, source })?;
+        let took = start.elapsed();
+        match settled {
+            _ if is_cancelled => Err(SnapshotError::Cancelled),
+            Flow::Continue => Ok(Ok(took)),
+            Flow::Cancel => Ok(Err(took)),
         }
     }
 
-    /// What stopping the guest takes: it is tried.
+    /// What stopping the guest takes: it is tried, unless time is up.
     pub(super) fn try_stop<L: Live>(
         &mut self,
         guest: &mut L,
         listed: &[SectionId],
+        bounds: Option<&Bounds>,
         observer: &mut dyn Observer,
-    ) -> Result<Duration, SnapshotError> {
-        self.settle(guest, observer)?;
+    ) -> Result<Option<Duration>, SnapshotError> {
+        if self.settle(guest, bounds, observer)?.is_err() {
+            return Ok(None);
+        }
         let doing = "saving the guest's state for a trial";
         let example = guest.example(listed);
         let example = example.map_err(|source| SnapshotError::Guest { doing, source })?;
-        Ok(Duration::from_micros(example.stop_us))
+        Ok(Some(Duration::from_micros(example.stop_us)))
+    }
+
+    /// Brings the guest's I/O to rest for the stop, after `tries` times. `false`: not yet, as of a move.
+    fn settle_for_stop<L: Live>(
+        &mut self,
+        guest: &mut L,
+        limits: &Limits,
+        (bounds, tries): (&Bounds, u32),
+        observer: &mut dyn Observer,
+    ) -> Result<bool, SnapshotError> {
+        let is_first = limits.cut_after() == Some(bounds.cut_after);
+        let is_late = limits.cut_after().is_some() && !is_first;
+        match self.settle(guest, Some(bounds), observer)? {
+            Ok(took) if is_late || is_settled(limits, took, tries) => Ok(true),
+            Ok(_) => {
+                guest.unsettle();
+                Ok(false)
+            }
+            Err(_) if is_first => Ok(false),
+            Err(after) => {
+                let source = format!("it goes on after {} ms", after.as_millis()).into();
+                Err(SnapshotError::Guest { doing: SETTLING, source })
+            }
+        }
     }
 
     /// Writes what is touched, and then, round by round, what was dirtied meanwhile. Gives what is left for the stop.
@@ -98,7 +135,7 @@ impl Files {
     ) -> Result<PageSet, SnapshotError> {
         let tracking = |source| SnapshotError::Guest { doing: "dirty tracking", source };
         let Start { began, mut stop, listed } = start;
-        let (mut policy, mut stops) = (Policy::new(limits), 1);
+        let (mut policy, mut stops, mut settles) = (Policy::new(limits), 1, 0);
         let mut bounds = Bounds { began, cut_after: limits.timeout };
         let mut collected = began;
         for round in 0.. {
@@ -138,11 +175,17 @@ impl Files {
             let verdict = policy.decide(&measured);
             self.note(set.len(), &verdict);
             match verdict.decision {
-                Decision::StopAndCopy => return Ok(set),
+                Decision::StopAndCopy => {
+                    if self.settle_for_stop(guest, &limits, (&bounds, settles), observer)? {
+                        return Ok(set);
+                    }
+                    settles += 1;
+                }
                 Decision::Continue => {}
                 Decision::Rest => self.rest(&bounds, observer)?,
                 Decision::TryStop => {
-                    stop = stop.min(self.try_stop(guest, listed, observer)?);
+                    let again = self.try_stop(guest, listed, Some(&bounds), observer)?;
+                    stop = again.map_or(stop, |again| stop.min(again));
                     stops += 1;
                 }
                 Decision::Throttle(percent) => {

@@ -115,7 +115,7 @@ fn while_running<L: Live>(
     let tracking = |source| SnapshotError::Guest { doing: "dirty tracking", source };
     let stop = match live {
         None => Duration::ZERO,
-        Some(_) => files.try_stop(guest, listed, observer)?,
+        Some(_) => files.try_stop(guest, listed, None, observer)?.unwrap_or_default(),
     };
     files.progress.stage = Stage::PreCopy;
     let mut touched = PageSet::new();
@@ -125,15 +125,17 @@ fn while_running<L: Live>(
     for window in regions.iter().filter_map(|r| r.run()).flat_map(|r| r.pieces(WINDOW_PAGES)) {
         guest.first_pages(window, &mut touched).map_err(tracking)?;
     }
-    let left = match live {
+    match live {
         Some(limits) => {
             let start = Start { began, stop, listed };
-            files.rounds(guest, touched, start, limits, storage, observer)?
+            files.rounds(guest, touched, start, limits, storage, observer)
         }
-        None => touched,
-    };
-    files.settle(guest, observer)?;
-    Ok(left)
+        None => {
+            // As long as storage takes, or until somebody cancels.
+            let _ = files.settle(guest, None, observer)?;
+            Ok(touched)
+        }
+    }
 }
 
 fn while_stopped<H: Halted>(

@@ -165,7 +165,7 @@ impl Common {
         self.deadline = None;
         let round_trip = Duration::from_micros(self.report.round_trip_us);
         let time = (self.channel.now() - start).saturating_sub(round_trip);
-        let tells = time >= PROBE_PAGES_TIME_MIN;
+        let tells = time >= PROBE_PAGES_TIME_MIN && sender.sent.data_bytes() > 0;
         Ok(if tells { rate(sender.sent.data_bytes(), time) } else { u64::MAX })
     }
 }

@@ -55,10 +55,9 @@ impl<L: Live> Source<Copied<L>> {
         observer: &mut dyn Observer,
     ) -> Result<Source<Stopped<L>>, Box<Aborted<L>>> {
         let Source { mut common, stage } = self;
-        let Copied { mut guest, mut left, locks_seen, predicted } = stage;
+        let Copied { guest, mut left, locks_seen, predicted } = stage;
         common.progress.stage = Stage::StopAndCopy;
-        let asked = common.exchange(Duration::ZERO, observer, |_, _| Ok(()));
-        if let Err(error) = asked.and_then(|()| common.settle(&mut guest, observer)) {
+        if let Err(error) = common.exchange(Duration::ZERO, observer, |_, _| Ok(())) {
             return Err(common.abort(guest, error));
         }
         let began = common.channel.now();

@@ -65,7 +65,7 @@ impl Common {
         let mut set = PageSet::new();
         let mut throttle = Vec::new();
         let writable = plan.disks.iter().any(|disk| !disk.read_only);
-        let (mut flushes, mut stops) = (0, 1);
+        let (mut flushes, mut stops, mut settles) = (0, 1, 0);
         let began = self.channel.now();
         let limits = self.options.limits;
         self.cut_at = limits.cut_after().map(|after| began.saturating_add(after));
@@ -132,6 +132,7 @@ impl Common {
             if round == 0 {
                 self.forecast_after_round_0(&measured, &verdict, bytes);
             }
+            let mut stops_now = verdict.decision == Decision::StopAndCopy;
             match verdict.decision {
                 Decision::StopAndCopy
                     if writable && flushes == 0 && measured.elapsed < limits.timeout =>
@@ -139,16 +140,13 @@ impl Common {
                     flushes = 1;
                     fixed.flush = self.flush_disks(guest, observer)?;
                     // Else another round, for what the guest dirtied meanwhile; and the flush counts.
-                    if fixed.flush <= fixed.waits() {
-                        return Ok((set, verdict.downtime));
-                    }
+                    stops_now = fixed.flush <= fixed.waits();
                 }
-                Decision::StopAndCopy => return Ok((set, verdict.downtime)),
-                Decision::Continue => {}
+                Decision::StopAndCopy | Decision::Continue => {}
                 Decision::Rest => self.rest(REST, observer)?,
                 Decision::TryStop => {
-                    let again = self.example(guest, observer)?.stop_us;
-                    fixed.stop = fixed.stop.min(Duration::from_micros(again));
+                    let again = self.try_stop(guest, observer)?;
+                    fixed.stop = again.map_or(fixed.stop, |again| fixed.stop.min(again));
                     stops += 1;
                 }
                 Decision::Throttle(percent) => self.throttle(guest, percent, &mut throttle),
@@ -156,6 +154,10 @@ impl Common {
                     return Err(self.given_up(&verdict));
                 }
             }
+            if stops_now && self.settle_for_stop(guest, settles, observer)? {
+                return Ok((set, verdict.downtime));
+            }
+            settles += u32::from(stops_now);
         }
         unreachable!("rounds end by a decision")
     }

@@ -252,6 +252,10 @@ impl Live for FakeLive {
         Ok(flow)
     }
 
+    fn unsettle(&mut self) {
+        self.settled = false;
+    }
+
     fn example(&mut self, _listed: &[SectionId]) -> Result<Example, GuestError> {
         self.step();
         let stop_us = 100 + self.stop_ms() * 1000;
@@ -293,7 +297,7 @@ impl Live for FakeLive {
     }
 
     fn stop_tracking(&mut self) {
-        self.settled = false;
+        self.unsettle();
         self.tracking = false;
         self.log.clear();
         self.devices.clear();

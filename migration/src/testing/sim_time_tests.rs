@@ -214,6 +214,18 @@ fn io_under_way_is_no_part_of_a_stop() {
     let downtime = report.downtime.as_ref().expect("a downtime");
     assert!(report.example_stop_us < 1000 && downtime.stop_us < 1000, "{downtime:?}");
     assert!(downtime.total_us < 100_000 && report.total_us > 4_000_000, "{report:?}");
+    // What the guest dirtied meanwhile has gone over before, as often as it seemed worth it.
+    assert!((7..12).contains(&report.rounds.len()), "{} rounds", report.rounds.len());
+}
+
+/// A destination gives up when it has heard nothing for 30 s.
+#[test]
+fn a_destination_waits_while_the_disks_are_flushed_for_long() {
+    let habits = Habits { flush_ms: [45_000, 0], ..Habits::default() };
+    let run = Tally::default().run(&stately(habits));
+    assert_eq!(run.ending, Ending::Moved, "{run:?}");
+    let report = run.report.expect("a report");
+    assert!(report.total_us > 45_000_000, "{report:?}");
 }
 
 #[test]
