@@ -110,6 +110,18 @@ fn busy(io: &IoThread) -> Sender<()> {
     end
 }
 
+/// Who waits for an I/O, and ends it at the second look.
+fn ending(end: &Sender<()>) -> impl FnMut() -> Flow + '_ {
+    let mut looks = 0;
+    move || {
+        looks += 1;
+        if looks == 2 {
+            end.send(()).unwrap();
+        }
+        Flow::Continue
+    }
+}
+
 #[test]
 fn a_rest_waits_for_what_is_under_way_and_begins_nothing() {
     let io = IoThread::start().unwrap();
@@ -118,15 +130,7 @@ fn a_rest_waits_for_what_is_under_way_and_begins_nothing() {
     device.until_served(1);
     let end = busy(&io);
     device.ask();
-    let mut looks = 0;
-    let poll = &mut || {
-        looks += 1;
-        if looks == 2 {
-            end.send(()).unwrap();
-        }
-        Flow::Continue
-    };
-    let rest = io.rest(poll).unwrap().expect("a rest");
+    let rest = io.rest(&mut ending(&end)).unwrap().expect("a rest");
     assert_eq!(device.served(), 1, "what was asked for meanwhile began");
     device.ask();
     device.mmio.quiesce();
@@ -199,15 +203,7 @@ fn a_rest_waits_for_one_request_of_many() {
     let mut device = Device::start_with(&io, Box::new(slow));
     (0..5).for_each(|_| device.ask());
     began.recv_timeout(PATIENCE).unwrap();
-    let mut looks = 0;
-    let poll = &mut || {
-        looks += 1;
-        if looks == 2 {
-            end.send(()).unwrap();
-        }
-        Flow::Continue
-    };
-    let rest = io.rest(poll).unwrap().expect("a rest");
+    let rest = io.rest(&mut ending(&end)).unwrap().expect("a rest");
     rest.hurry();
     device.mmio.quiesce();
     assert_eq!(device.served(), 1);

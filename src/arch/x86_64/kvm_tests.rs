@@ -247,11 +247,9 @@ fn move_clock(
     let from: Vec<_> = source.vcpus.iter().collect();
     let to: Vec<_> = destination.vcpus.iter().collect();
     let start = Instant::now();
-    let downtime_now = Downtime::Passes;
-    let mut saved =
-        ClockPart { vm: &source.vm, vcpus: &from, ram: &source.ram, downtime: downtime_now }
-            .save()
-            .unwrap();
+    let (ram, passes) = (&source.ram, Downtime::Passes);
+    let part = ClockPart { vm: &source.vm, vcpus: &from, ram, downtime: passes };
+    let mut saved = part.save().unwrap();
     std::thread::sleep(PAUSE);
     saved.realtime_ns = saved.realtime_ns.wrapping_add_signed(host_apart_ns);
     let restored = Instant::now();
