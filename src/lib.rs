@@ -17,6 +17,7 @@ pub mod io_thread;
 pub mod irq;
 pub mod kernel;
 pub mod kick;
+pub mod kvm;
 pub mod log;
 pub mod machine;
 pub mod memory;

@@ -24,6 +24,7 @@ use crate::console::Console;
 use crate::downtime::Downtime;
 use crate::event::Event;
 use crate::io_thread::IoThread;
+use crate::kvm::{create_vm, open_kvm};
 use crate::memory::{Backing, Memory, MemoryError};
 use crate::migrate::cpu::{self, HostCpu};
 use crate::platform::{self, Platform, PlatformError};
@@ -186,7 +187,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         kick::install().map_err(MachineError::Thread)?;
         let kvm = open_kvm()?;
-        let vm = Arc::new(kvm.create_vm().map_err(MachineError::kvm("create a VM"))?);
+        let vm = Arc::new(create_vm(&kvm)?);
         dirty::enable_manual_protect(&vm)
             .map_err(|source| MachineError::Kvm { what: "track dirty pages", source })?;
         let Origin { backing, locking, needs } = origin;
@@ -348,29 +349,6 @@ impl Machine {
 
 fn device_part(device: &mut Box<dyn BusDevice>) -> &mut dyn Saved {
     device.as_mut()
-}
-
-pub(crate) fn open_kvm() -> Result<Kvm, MachineError> {
-    let kvm = Kvm::new().map_err(|e| {
-        let why = io::Error::from_raw_os_error(e.errno());
-        MachineError::NoKvm(match e.errno() {
-            libc::ENOENT => "/dev/kvm is missing: load kvm-intel or kvm-amd, and turn on \
-                             virtualization in the firmware (or nested, in the host of this VM)"
-                .to_owned(),
-            libc::EACCES | libc::EPERM => {
-                "/dev/kvm: permission denied: join the group that owns it (usermod -aG kvm USER) \
-                 or run as root"
-                    .to_owned()
-            }
-            _ => format!("/dev/kvm can't be opened: {why}"),
-        })
-    })?;
-    for (cap, name) in arch::REQUIRED_CAPS {
-        if !kvm.check_extension(*cap) {
-            return Err(MachineError::Capability(name));
-        }
-    }
-    Ok(kvm)
 }
 
 fn create_vcpus(

@@ -10,7 +10,7 @@ use std::io;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -286,7 +286,7 @@ impl Memory {
         let huge_end = huge_end.max(huge_start);
         if huge_end > huge_start {
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&self.file, punch, huge_start, huge_end - huge_start)?;
+            retry_on_intr(|| fallocate(&self.file, punch, huge_start, huge_end - huge_start))?;
         }
         for (start, end) in [(start, huge_start), (huge_end, end)] {
             let mut result = Ok(());

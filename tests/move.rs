@@ -159,8 +159,8 @@ fn lopsided() -> Vm {
     check_dirtier(&mut vm);
     vm
 }
-/// A third of a second for these, in which a vCPU that a busy host keeps waiting dirties most of them too.
-const THIN: [&str; 6] = ["--bandwidth", "400M", "--timeout", "4s", "--on-timeout", "throttle"];
+/// Two thirds of a second for these, in which a vCPU that a busy host keeps waiting dirties most of them too.
+const THIN: [&str; 6] = ["--bandwidth", "200M", "--timeout", "5s", "--on-timeout", "throttle"];
 
 /// Nothing slows it down: the thread that does is gone.
 fn check_unthrottled(vm: &Vm) {

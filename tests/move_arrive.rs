@@ -86,6 +86,7 @@ fn a_command_that_is_told_to_end_hears_it() {
         return;
     }
     let source = Vm::start(Guest::spin(), &[]);
+    source.wait_until_up();
     let (word, fifo) = (source.place.path("word"), source.place.path("fifo"));
     rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RWXU, 0).unwrap();
     let uri = format!(

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
+use rustix::io::{Errno, retry_on_intr};
 use vmm_devices::GuestSlice;
 use vmm_devices::backend::BlockBackend;
 
@@ -249,8 +250,8 @@ impl BlockBackend for Disk {
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
         if !self.is_block_device {
-            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            return rustix::fs::fallocate(&self.file, hole, offset, len).map_err(unsupported);
+            let hole = FallocateFlags::PUNCH_HOLE;
+            return fallocate(&self.file, hole, offset, len).map_err(unsupported);
         }
         // Whole blocks only: it is a hint, and what is left out merely stays allocated.
         let block = u64::from(self.block_sizes.0);
@@ -268,15 +269,21 @@ impl BlockBackend for Disk {
 
     fn write_zeroes(&mut self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         let kind = if may_unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-        match rustix::fs::fallocate(&self.file, kind | FallocateFlags::KEEP_SIZE, offset, len) {
+        match fallocate(&self.file, kind, offset, len) {
             Ok(()) => Ok(()),
             // The file system can't, or (a block device) the range isn't whole blocks.
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => {
                 self.bounce.write_zeroes(&self.file, offset, len)
             }
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// The file keeps its size.
+fn fallocate(file: &File, kind: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+    let kind = kind | FallocateFlags::KEEP_SIZE;
+    retry_on_intr(|| rustix::fs::fallocate(file, kind, offset, len))
 }
 
 fn unsupported(e: impl Into<io::Error>) -> io::Error {

@@ -6,7 +6,8 @@ use super::args::{Arg, Args, Stop, usage, utf8};
 use super::{Error, Outcome, print};
 use crate::arch::cpu_model::{Model, ModelError};
 use crate::arch::cpuid;
-use crate::machine::{MachineError, open_kvm};
+use crate::kvm::open_kvm;
+use crate::machine::MachineError;
 
 /// The help of `vmm cpu`.
 pub const HELP: &str = "\

@@ -7,7 +7,8 @@ use vmm_migration::plan::{CpuNeeds, CpuidLeaf};
 use crate::arch::msr::{self, MsrPlan};
 use crate::arch::{clock, cpu_model, cpuid};
 use crate::chain::chain;
-use crate::machine::{self, Machine, MachineError};
+use crate::kvm::{create_vm, open_kvm};
+use crate::machine::{Machine, MachineError};
 use crate::vcpu::Vcpu;
 
 /// Bytes of the largest XSAVE area that a section holds.
@@ -79,8 +80,8 @@ impl Offer {
 
     /// What any machine here has.
     fn of_this_host() -> Result<Self, MachineError> {
-        let kvm = machine::open_kvm()?;
-        let vm = kvm.create_vm().map_err(MachineError::kvm("create a VM"))?;
+        let kvm = open_kvm()?;
+        let vm = create_vm(&kvm)?;
         let cpuid = cpuid::host_cpuid(&kvm).map_err(MachineError::kvm("read its CPUID"))?;
         let vcpu = vm.create_vcpu(0).map_err(MachineError::kvm("create a vCPU"))?;
         Ok(Self::of(cpuid, &vm, &vcpu))

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use vmm_migration::channel::{Channel, SystemClock, Transport};
@@ -111,7 +111,9 @@ fn connect_unix(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_TIMEOUT))?;
-    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+    let there = SocketAddrUnix::new(path)?;
+    // A connection that a signal cut short, such as a debugger's stop, can be asked for again.
+    match retry_on_intr(|| rustix::net::connect(&socket, &there)) {
         Err(Errno::AGAIN) => {
             Err(io::Error::new(io::ErrorKind::TimedOut, "it accepts no connection"))
         }
@@ -176,7 +178,7 @@ impl Write for Pipes {
 
 fn wait(fd: impl AsFd, what: PollFlags) -> io::Result<()> {
     let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(PATIENCE.subsec_nanos()) };
-    match poll(&mut [PollFd::new(&fd, what)], Some(&timeout))? {
+    match retry_on_intr(|| poll(&mut [PollFd::new(&fd, what)], Some(&timeout)))? {
         0 => Err(io::ErrorKind::WouldBlock.into()),
         _ => Ok(()),
     }

@@ -154,8 +154,8 @@ fn join(source: &UnixStream, destination: &Path, watch: &Arc<Mutex<Watch>>) {
     }
 }
 
-/// Passes a preamble and records on, until the end or the trap. `trapped`: it has sprung, and nothing that answers the
-/// record that was delivered passes any more.
+/// Passes a preamble and records on, until the end or the trap. `trapped`: it is about to cut the connection. Nothing that
+/// answers the record that was delivered passes any more, but the connection stays until whom the trap kills has ended.
 fn pump(
     mut from: &UnixStream,
     mut to: &UnixStream,
@@ -202,10 +202,9 @@ fn pump(
             }
         };
         let Some(Trap { point, cuts, spring, sprung }) = caught else {
-            if trapped.load(Ordering::SeqCst) {
-                return Ok(());
+            if !trapped.load(Ordering::SeqCst) {
+                to.write_all(&whole)?;
             }
-            to.write_all(&whole)?;
             continue;
         };
         trapped.store(cuts, Ordering::SeqCst);

@@ -151,7 +151,9 @@ impl Vm {
         let mut all = Vec::new();
         while all.len() < count {
             let more = self.read(LONG);
-            assert!(!more.is_empty(), "after {} of {count} bytes nothing comes", all.len());
+            if more.is_empty() {
+                panic!("after {} of {count} bytes nothing comes: {:?}", all.len(), self.wait());
+            }
             all.extend(more);
         }
         all
