@@ -175,9 +175,23 @@ impl Control<'_> {
         };
         let mover = Mover { inbox: self.inbox, deferred: &mut self.deferred };
         match mover.migrate(vm, request, reply, &vacate) {
-            Moved::Away(to) => Next::End(Ok(End::Moved(to))),
+            Moved::Away(to) => {
+                self.stop_there(&to);
+                Next::End(Ok(End::Moved(to)))
+            }
             Moved::Here(vm) => Next::Go(vm),
             Moved::Ended(why) => Next::End(Ok(End::Stopped(why))),
+        }
+    }
+
+    /// Who wants the guest stopped hears that it goes on elsewhere.
+    fn stop_there(&mut self, moved: &str) {
+        self.stopping.extend(self.deferred.drain(..).filter_map(|event| match event {
+            Event::Request { request: Request::Stop { .. }, reply } => Some(reply),
+            _ => None,
+        }));
+        for reply in self.stopping.drain(..) {
+            reply.done(Err(ApiError::conflict(moved)));
         }
     }
 

@@ -49,17 +49,22 @@ impl Mover<'_> {
         let config = vm.config().clone();
         let mut watch =
             Watch::new(Errand::Migration, self.inbox, self.deferred, &config, Some(&reply));
-        let mut departure = outgoing::migrate(vm, request, &mut watch);
+        let (mut departure, carrier) = outgoing::migrate(vm, request, &mut watch);
         if let Departure::Stayed { outcome: Err((why, _)), .. } = &mut departure {
             *why = watch.explain(std::mem::take(why));
         }
-        let pending = match departure {
-            Departure::Pending(pending) => pending,
-            settled => return finish(settled, &request.uri, reply, vacate),
+        let settled = match departure {
+            Departure::Pending(pending) => {
+                tracing::error!("{}", pending.explain());
+                reply.progress(json!({ "stage": "in-doubt", "message": pending.explain() }));
+                Doubt::new(self.inbox, self.deferred, &config).settle(pending, &request.uri)
+            }
+            settled => Ok(settled),
         };
-        tracing::error!("{}", pending.explain());
-        reply.progress(json!({ "stage": "in-doubt", "message": pending.explain() }));
-        match Doubt::new(self.inbox, self.deferred, &config).settle(pending, &request.uri) {
+        if let (Some(carrier), Ok(Departure::Moved { .. }) | Err(_)) = (carrier, &settled) {
+            carrier.leave();
+        }
+        match settled {
             Ok(departure) => finish(departure, &request.uri, reply, vacate),
             Err(Ended { why, known }) => {
                 reply.done(Err(ApiError::internal(known)));

@@ -102,6 +102,9 @@ fn the_operator_is_heard_while_the_destination_takes_no_connection() {
     }
     let (mut scene, _queued) = in_doubt_before_a_full_queue();
     assert_eq!(scene.source.info()["state"], "in-doubt");
+    let told = scene.source.tell(&["info"]);
+    let known = told.lines().find(|line| line.starts_with("message")).unwrap_or_default();
+    assert!(known.contains("in doubt: ") && known.contains("--resolve"), "{told}");
     scene.source.tell(&["migrate", "--resolve", "resume"]);
     check_running(&mut scene.source);
     check_failed(scene.client, "");

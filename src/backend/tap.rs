@@ -12,7 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
 use vmm_devices::GuestSlice;
@@ -103,6 +103,23 @@ impl TapHandle {
     pub fn send(&self, frame: &[u8]) -> io::Result<()> {
         let header = [0; NET_HEADER_LEN];
         (&*self.file).write_vectored(&[IoSlice::new(&header), IoSlice::new(frame)]).map(drop)
+    }
+
+    /// A handle that keeps the TAP from nobody.
+    #[must_use]
+    pub fn weak(&self) -> WeakTap {
+        WeakTap(Arc::downgrade(&self.file))
+    }
+}
+
+/// A TAP for as long as its guest has it.
+pub struct WeakTap(Weak<File>);
+
+impl WeakTap {
+    /// The TAP, unless its guest has gone.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<TapHandle> {
+        self.0.upgrade().map(|file| TapHandle { file })
     }
 }
 

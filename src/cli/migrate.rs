@@ -169,6 +169,13 @@ impl Raw {
             let uri = parse_uri("--listen", uri)?;
             return self.listen(uri);
         }
+        if self.connect.is_none() {
+            // Who adds --dry-run must not be obeyed in earnest.
+            let none_s = self.connect_only.as_deref().or(self.json.then_some("json"));
+            if let Some(option) = none_s {
+                return Err(usage(format!("--{option} goes with neither --cancel nor --resolve")));
+            }
+        }
         let vm = self.vm.clone().ok_or_else(|| usage("a VM is needed: its name or socket"))?;
         if let Some(text) = &self.connect {
             let uri = parse_uri("--connect", text)?;

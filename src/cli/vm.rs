@@ -228,6 +228,10 @@ fn describe(options: &Options, info: &Value) -> String {
     };
     line("name", text(&config["name"]));
     line("state", text(&info["state"]));
+    for errand in ["migration", "snapshot"] {
+        line(errand, text(&info[errand]["stage"]));
+    }
+    line("message", text(&info["message"]));
     line("pid", text(&info["pid"]));
     let socket = socket::resolve(&options.vm).ok();
     line("socket", socket.map_or_else(|| "-".into(), |path| path.display().to_string()));

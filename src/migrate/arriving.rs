@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
-use vmm_devices::virtio::announce::announce_frames;
+use vmm_devices::virtio::announce::{Announcer, announce_frames};
 use vmm_migration::channel::Flow;
 use vmm_migration::guest::{Active, GuestError, Host, Reserved, SignWatch, Since, Vacant};
 use vmm_migration::pages::Run;
@@ -112,7 +112,9 @@ impl LocalHost {
         reasons.extend(fitting::memory_reason(hugepages, plan));
         let config = config.map_err(|more| [reasons.clone(), more].concat())?;
         let (disks, more) = fitting::disks(&config, plan);
-        let Locks { seen: locks_seen, reasons: held, warnings } = fitting::locks(&disks, lock_mark);
+        let locks = fitting::locks(&disks, lock_mark);
+        let Locks { seen: locks_seen, reasons: held, mut warnings } = locks;
+        warnings.extend(fitting::reboot_warnings(&config));
         reasons.extend(more.into_iter().chain(held));
         reasons.extend(fitting::layout_reason(&config, plan));
         reasons.extend(fitting::tap_reasons(&config));
@@ -277,12 +279,11 @@ impl Vacant for VacantGuest {
         for (_, announcer) in &machine.core.platform.taps {
             announcer.request();
         }
-        let taps: Vec<_> = machine.core.platform.taps.to_vec();
         let sign = Arc::clone(&machine.core.platform.sign);
         let vm = Vm::go_on(machine, paused);
         let now_ns = vm.core().vm.get_clock().map(|clock| clock.clock).ok();
         let gap = saved_clock_ns.zip(now_ns).map(|(saved, now)| now.saturating_sub(saved) / 1000);
-        announce(taps);
+        announce(&vm.core().platform.taps);
         let first_sign = (!paused).then(|| SignWatch::new(move || sign.first_ago()));
         let running = Arrived { vm, server, console };
         Ok(Active { running, guest_stall_us: gap, first_sign })
@@ -319,15 +320,17 @@ fn mark_any(marks: impl Iterator<Item = Result<(), DiskError>>) -> Result<(), Di
     }
 }
 
-/// Tells the network where the guest is now, a few rounds over half a second. What can't be sent
+/// Tells the network where the guest is now, a few rounds over half a second, as long as it is here. What can't be sent
 /// is left: the guest announces itself too.
-pub(super) fn announce(taps: Vec<(TapHandle, vmm_devices::virtio::announce::Announcer)>) {
+pub(super) fn announce(taps: &[(TapHandle, Announcer)]) {
     if taps.is_empty() {
         return;
     }
+    let taps: Vec<_> = taps.iter().map(|(tap, by)| (tap.weak(), by.clone())).collect();
     let rounds = move || {
         for _ in 0..ANNOUNCE_ROUNDS {
             for (tap, announcer) in &taps {
+                let Some(tap) = tap.upgrade() else { return };
                 for frame in announce_frames(announcer.mac(), &announcer.addresses()) {
                     let _ = tap.send(&frame);
                 }

@@ -1,6 +1,7 @@
 //! Whether a host has what a guest needs besides its CPU: disks that nobody else has, TAPs, memory. All that is
 //! missing is told, one line each.
 
+use rustix::fs::{Access, access};
 use vmm_migration::plan::Plan;
 
 use super::cgroup;
@@ -9,7 +10,7 @@ use crate::backend::disk::{Disk, DiskError, DiskHandle, Locking};
 use crate::backend::lock::{LockError, Obstacle};
 use crate::backend::tap::Tap;
 use crate::chain::chain;
-use crate::config::Config;
+use crate::config::{Config, CpuModel, OnReboot};
 use crate::memory::PAGE_SIZE;
 
 /// What the disks' locks tell at reservation.
@@ -97,6 +98,28 @@ pub(super) fn tap_reasons(config: &Config) -> Vec<String> {
         format!("{}: say which it is here with --net id={},tap=NAME", chain(&e), net.id)
     })
     .collect()
+}
+
+/// What the guest needs to boot again and isn't here, where `vmm` is to boot it again: it runs until then all the same.
+pub(super) fn reboot_warnings(config: &Config) -> Vec<String> {
+    if config.on_reboot == OnReboot::Exit {
+        return Vec::new();
+    }
+    let model = match &config.cpu_model {
+        CpuModel::File(path) => Some(("CPU model", path)),
+        CpuModel::Host | CpuModel::V2 | CpuModel::V3 => None,
+    };
+    let kernel = [("kernel", &config.boot.kernel)];
+    let initrd = config.boot.initrd.iter().map(|path| ("initrd", path));
+    let missing = kernel.into_iter().chain(initrd).chain(model).filter_map(|(what, path)| {
+        // Not opened: a FIFO would wait for who writes it.
+        let e = access(path, Access::READ_OK).err()?;
+        Some(format!(
+            "the guest can't reboot here, and ends where it does: {what} {}: {e}",
+            path.display()
+        ))
+    });
+    missing.collect()
 }
 
 /// Not enough memory for what the guest has touched. Huge pages come from a pool of their own, where all of the RAM is

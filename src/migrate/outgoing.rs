@@ -56,22 +56,17 @@ pub enum Pending {
     Stuck(Box<Aborted<LiveGuest>>, String),
 }
 
-/// Moves a VM, or only forecasts its move.
-pub fn migrate(vm: Vm, request: &MigrateRequest, observer: &mut dyn Observer) -> Departure {
-    let stayed = |vm, why| Departure::Stayed { vm, outcome: Err((why, None)) };
-    let (channel, carrier) = match connect(&request.uri, observer) {
-        Ok(connected) => connected,
-        Err(why) => return stayed(vm, why),
-    };
-    let departure = migrate_through(channel, vm, request, observer);
-    match (carrier, &departure) {
-        // What it runs there may be the guest.
-        (Some(carrier), Departure::Moved { .. } | Departure::Pending(Pending::InDoubt(_))) => {
-            carrier.leave();
-        }
-        (carrier, _) => drop(carrier),
+/// Moves a VM, or only forecasts its move. Gives the command that carries the stream too, if one does: it is to be left to
+/// itself unless the guest stays, for what it runs there may be the guest.
+pub fn migrate(
+    vm: Vm,
+    request: &MigrateRequest,
+    observer: &mut dyn Observer,
+) -> (Departure, Option<Carrier>) {
+    match connect(&request.uri, observer) {
+        Ok((channel, carrier)) => (migrate_through(channel, vm, request, observer), carrier),
+        Err(why) => (Departure::Stayed { vm, outcome: Err((why, None)) }, None),
     }
-    departure
 }
 
 fn migrate_through(

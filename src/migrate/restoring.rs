@@ -108,6 +108,9 @@ pub fn restore(
     if !reasons.is_empty() {
         return Err(RestoreFault::Unfit(reasons));
     }
+    for warning in fitting::reboot_warnings(&config) {
+        tracing::warn!("{warning}");
+    }
     let socket = here.socket(&config)?;
     let console = Arc::new(Console::open(&config.serial, here.events.clone())?);
     let backing = match load {
@@ -148,11 +151,10 @@ pub fn restore(
     for (_, announcer) in &machine.core.platform.taps {
         announcer.request();
     }
-    let taps = machine.core.platform.taps.to_vec();
     let name = &machine.config().name;
     let server = Server::start(socket, name, here.events.clone()).map_err(RestoreFault::Serve)?;
     let vm = Vm::go_on(machine, paused);
-    arriving::announce(taps);
+    arriving::announce(&vm.core().platform.taps);
     Ok(Arrived { vm, server, console })
 }
 

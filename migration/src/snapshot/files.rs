@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::partial::{Partial, parent_of};
+use super::partial::{Partial, create_private, parent_of};
 use super::rounds::{Bounds, Written};
 use super::storage::{Step, Storage};
 use super::{BLOCK_LEN, Header, MEMORY_FILE, STATE_FILE, SnapshotError};
@@ -180,7 +180,7 @@ impl Files {
 
         let path = self.partial.path.join(STATE_FILE);
         let failed = |source| file_error("write", &path, source);
-        let file = File::create_new(&path).map_err(failed)?;
+        let file = create_private(&path).map_err(failed)?;
         let bytes = encode_state(header, sections, paused, &self.sums);
         let again = file.try_clone().map_err(failed)?;
         let write = Step::Write { file, path: path.clone(), bytes };

@@ -2,10 +2,10 @@
 //! what a crash left can be told from it, and removed by the next snapshot of that name.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::{MEMORY_FILE, STATE_FILE, SnapshotError, file_error};
@@ -34,10 +34,11 @@ impl Partial {
         let path = PathBuf::from(path);
         let mut tries = TRIES;
         loop {
-            fs::create_dir(&path).map_err(|source| file_error("create", &path, source))?;
+            let made = DirBuilder::new().mode(0o700).create(&path);
+            made.map_err(|source| file_error("create", &path, source))?;
             let file = path.join(MEMORY_FILE);
             tries -= 1;
-            let source = match File::options().read(true).write(true).create_new(true).open(&file) {
+            let source = match create_private(&file) {
                 Ok(memory) => {
                     // Where nothing can be locked, nothing is removed either.
                     let _ = memory.lock();
@@ -56,6 +57,11 @@ impl Partial {
             }
         }
     }
+}
+
+/// A new file for its owner only: it holds all that the guest keeps secret.
+pub(super) fn create_private(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
 impl Drop for Partial {
@@ -118,6 +124,15 @@ mod tests {
 
     fn create(dir: &Path, id: u8) -> Partial {
         Partial::create(dir, MigrationId([id; 16])).unwrap()
+    }
+
+    #[test]
+    fn nobody_else_may_read_it() {
+        let place = tempfile::tempdir().unwrap();
+        let partial = create(&place.path().join("snap"), 1);
+        let mode = |metadata: fs::Metadata| metadata.mode() & 0o777;
+        assert_eq!(mode(fs::metadata(&partial.path).unwrap()), 0o700);
+        assert_eq!(mode(partial.memory.metadata().unwrap()), 0o600);
     }
 
     fn names(dir: &Path) -> Vec<String> {
