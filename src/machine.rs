@@ -12,6 +12,7 @@ use std::sync::mpsc::Sender;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::GuestMemoryBackend;
 use vmm_devices::bus::BusDevice;
 use vmm_migration::plan::{CpuNeeds, SectionId};
 use vmm_migration::state::{RestoreError, SaveError, Saved, Section};
@@ -198,7 +199,10 @@ impl Machine {
         let cpuid = match &needs {
             // The saved vCPUs bring their own; until then any will do.
             Some(_) => host.clone(),
-            None => arch::cpu_model::apply(&config.cpu_model, &host)?,
+            None => {
+                let ram_last = memory.ram().last_addr().0;
+                arch::cpu_model::apply(&config.cpu_model, &host, ram_last)?
+            }
         };
         let msrs = Arc::new(msr::MsrPlan::new(&kvm).map_err(MachineError::kvm("list its MSRs"))?);
         let vcpus = create_vcpus(&kvm, &vm, &cpuid, &msrs, config.cpus)?;

@@ -2,8 +2,9 @@
 //!
 //! A model is a mask for each register of feature bits. The guest gets exactly the model's features:
 //! one that this host lacks is an error that names it, one that the model doesn't name is hidden. What
-//! KVM provides on any CPU (its clock, the x2APIC) is no part of a model. Everything else of CPUID
-//! (brand, caches) stays the host's where the guest boots, and goes with the guest when it moves.
+//! KVM provides on any CPU (its clock, the x2APIC) is no part of a model. Addresses have the host's bits, but for those
+//! that a model has fewer of. Everything else of CPUID (brand, caches) stays the host's where the guest boots, and goes
+//! with the guest when it moves.
 //!
 //! The two built-in models hide the bits of mitigations too, as those differ from CPU to CPU: a guest
 //! that needs them is better off with the common model of its hosts (`vmm cpu --common A B`).
@@ -11,12 +12,14 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::cpu_features::{FEATURE_REGISTERS, FeatureRegister};
+use super::cpu_levels::{PHYSICAL_BITS, V2, V3, bits_in};
 use super::cpuid::{Reg, find, from_entries, set_xsave_size};
 use crate::config::CpuModel;
 
@@ -24,6 +27,12 @@ use crate::config::CpuModel;
 const FILE_LEN_MAX: u64 = 64 << 10;
 /// Leaf of XSAVE's components.
 const XSAVE: u32 = 0xd;
+/// Leaf of the bits of addresses.
+const ADDRESSES: u32 = 0x8000_0008;
+/// Bits of a physical address on any CPU with long mode, as far as paging goes.
+const PHYSICAL: RangeInclusive<u8> = 32..=52;
+/// Bits of a linear address with paging of four levels.
+const LINEAR_BITS: u8 = 48;
 
 /// Why a CPU model can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +62,18 @@ pub enum ModelError {
         /// What is wrong.
         why: String,
     },
+    /// RAM that no address reaches.
+    #[error(
+        "the RAM goes to {last:#x}: physical addresses of {bits} bits, as --cpu-model {model} has here, don't reach it"
+    )]
+    Narrow {
+        /// The model's name.
+        model: String,
+        /// Bits of a physical address.
+        bits: u8,
+        /// The RAM's last byte.
+        last: u64,
+    },
 }
 
 /// A CPU model, as its JSON file has it.
@@ -61,6 +82,9 @@ pub enum ModelError {
 pub struct Model {
     /// For messages.
     pub name: String,
+    /// The most bits of a physical address, 32 to 52; the host's where it isn't there, as in files of an earlier `vmm`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub physical_bits: Option<u8>,
     /// The features, by CPUID leaf and subleaf; those that aren't listed have none.
     pub leaves: Vec<ModelLeaf>,
 }
@@ -144,27 +168,29 @@ impl Model {
     /// All that a host offers (`host` is [`super::cpuid::host_cpuid`]'s).
     #[must_use]
     pub fn of_host(host: &CpuId) -> Self {
-        Self::from_bits("host", |r| bits_of(host.as_slice(), r))
+        let [physical_bits, ..] = address_bits(host.as_slice());
+        let physical_bits = Some(physical_bits).filter(|bits| PHYSICAL.contains(bits));
+        Self::from_bits("host", physical_bits, |r| bits_of(host.as_slice(), r))
     }
 
     /// The psABI's level x86-64-v2, with the paging and system features of every such CPU.
     #[must_use]
     pub fn v2() -> Self {
-        Self::from_bits("x86-64-v2", |r| V2.iter().find(|b| at(b, r)).map_or(0, |b| b.3))
+        Self::from_bits("x86-64-v2", Some(PHYSICAL_BITS), |r| bits_in(V2, r))
     }
 
     /// The psABI's level x86-64-v3, with what else every server CPU since Haswell and Zen has.
     #[must_use]
     pub fn v3() -> Self {
-        let of =
-            |set: &[Bits], r: &FeatureRegister| set.iter().find(|b| at(b, r)).map_or(0, |b| b.3);
-        Self::from_bits("x86-64-v3", |r| of(V2, r) | of(V3, r))
+        Self::from_bits("x86-64-v3", Some(PHYSICAL_BITS), |r| bits_in(V2, r) | bits_in(V3, r))
     }
 
     /// The features that both models have.
     #[must_use]
     pub fn common(a: &Self, b: &Self) -> Self {
-        Self::from_bits(&format!("{} and {}", a.name, b.name), |r| a.bits(r) & b.bits(r))
+        let physical_bits = a.physical_bits.into_iter().chain(b.physical_bits).min();
+        let name = format!("{} and {}", a.name, b.name);
+        Self::from_bits(&name, physical_bits, |r| a.bits(r) & b.bits(r))
     }
 
     /// Reads a model's file.
@@ -209,11 +235,29 @@ impl Model {
         if !lacks.is_empty() {
             return Err(ModelError::Lacks { model: self.name.clone(), features: lacks.join(", ") });
         }
+        self.narrow_addresses(&mut entries);
         drop_xsave_components(&mut entries);
         Ok(from_entries(&entries))
     }
 
-    fn from_bits(name: &str, bits: impl Fn(&FeatureRegister) -> u32) -> Self {
+    /// No more bits of a physical address than the model has, and no more of a linear one than paging of four levels takes,
+    /// but with LA57.
+    fn narrow_addresses(&self, entries: &mut [kvm_cpuid_entry2]) {
+        let la57 = entry(entries, 7, 0).is_some_and(|e| e.ecx >> 16 & 1 == 1);
+        let Some(e) = find(entries, ADDRESSES, 0) else { return };
+        let [physical, linear, guest, other] = e.eax.to_le_bytes();
+        let physical = physical.min(self.physical_bits.unwrap_or(physical));
+        let linear = if la57 { linear } else { linear.min(LINEAR_BITS) };
+        // Bits that nested guests have, if not as many.
+        let guest = if guest > physical { 0 } else { guest };
+        e.eax = u32::from_le_bytes([physical, linear, guest, other]);
+    }
+
+    fn from_bits(
+        name: &str,
+        physical_bits: Option<u8>,
+        bits: impl Fn(&FeatureRegister) -> u32,
+    ) -> Self {
         let mut leaves: Vec<ModelLeaf> = Vec::new();
         for r in FEATURE_REGISTERS {
             let bits = bits(r) & r.bits & !r.by_kvm;
@@ -227,7 +271,7 @@ impl Model {
             });
             leaves[at].set(r.reg, bits);
         }
-        Self { name: name.to_owned(), leaves }
+        Self { name: name.to_owned(), physical_bits, leaves }
     }
 
     fn bits(&self, r: &FeatureRegister) -> u32 {
@@ -237,6 +281,9 @@ impl Model {
 
     /// What isn't a feature can't be modelled, and what is listed twice is a mistake.
     fn check(&self) -> Result<(), String> {
+        if let Some(bits) = self.physical_bits.filter(|bits| !PHYSICAL.contains(bits)) {
+            return Err(format!("physical addresses have 32 to 52 bits, not {bits}"));
+        }
         for (i, leaf) in self.leaves.iter().enumerate() {
             let at = format!("leaf {:#x}, subleaf {:#x}", leaf.leaf.0, leaf.subleaf.0);
             let same = |l: &ModelLeaf| (l.leaf, l.subleaf) == (leaf.leaf, leaf.subleaf);
@@ -257,17 +304,24 @@ impl Model {
     }
 }
 
-/// The CPUID that a guest of the chosen model sees on this host (`host` is [`super::cpuid::host_cpuid`]'s).
+/// The CPUID that a guest of the chosen model, whose RAM has this last byte, sees on this host (`host` is
+/// [`super::cpuid::host_cpuid`]'s).
 ///
 /// # Errors
 /// See [`ModelError`].
-pub fn apply(choice: &CpuModel, host: &CpuId) -> Result<CpuId, ModelError> {
-    match choice {
-        CpuModel::Host => Ok(host.clone()),
-        CpuModel::V2 => Model::v2().apply(host),
-        CpuModel::V3 => Model::v3().apply(host),
-        CpuModel::File(path) => Model::load(path)?.apply(host),
+pub fn apply(choice: &CpuModel, host: &CpuId, ram_last: u64) -> Result<CpuId, ModelError> {
+    let guest = match choice {
+        CpuModel::Host => host.clone(),
+        CpuModel::V2 => Model::v2().apply(host)?,
+        CpuModel::V3 => Model::v3().apply(host)?,
+        CpuModel::File(path) => Model::load(path)?.apply(host)?,
+    };
+    let [bits, _] = address_bits(guest.as_slice());
+    // A host that doesn't tell has 36.
+    if bits != 0 && ram_last.checked_shr(bits.into()).is_some_and(|beyond| beyond > 0) {
+        return Err(ModelError::Narrow { model: choice.to_string(), bits, last: ram_last });
     }
+    Ok(guest)
 }
 
 /// Why a guest with this CPUID can't go on at a host: each feature that is missing there, by name, and
@@ -297,9 +351,8 @@ pub fn missing(guest: &CpuId, host: &CpuId) -> Vec<String> {
             ));
         }
     }
-    let widths = |entries| entry(entries, 0x8000_0008, 0).unwrap_or_default().eax;
-    for (shift, what) in [(0, "physical"), (8, "linear")] {
-        let (a, b) = (widths(guest) >> shift & 0xff, widths(host) >> shift & 0xff);
+    let widths = address_bits(guest).into_iter().zip(address_bits(host));
+    for ((a, b), what) in widths.zip(["physical", "linear"]) {
         if a > b {
             missing.push(format!("{what} addresses of {a} bits (here {b})"));
         }
@@ -307,47 +360,18 @@ pub fn missing(guest: &CpuId, host: &CpuId) -> Vec<String> {
     missing
 }
 
-/// Feature bits: leaf, subleaf, register, bits.
-type Bits = (u32, u32, Reg, u32);
-
-fn at(bits: &Bits, r: &FeatureRegister) -> bool {
-    (bits.0, bits.1, bits.2) == (r.leaf, r.subleaf, r.reg)
-}
-
-/// x86-64-v2 and what every CPU since Nehalem and Bulldozer has.
-const V2: &[Bits] = &[
-    // sse3 ssse3 cx16 sse4_1 sse4_2 popcnt
-    (1, 0, Reg::Ecx, 1 << 0 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23),
-    // fpu de pse tsc msr pae mce cx8 sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2
-    (1, 0, Reg::Edx, 0x078b_f9fd),
-    // lahf_lm
-    (0x8000_0001, 0, Reg::Ecx, 1 << 0),
-    // syscall nx rdtscp lm
-    (0x8000_0001, 0, Reg::Edx, 1 << 11 | 1 << 20 | 1 << 27 | 1 << 29),
-];
-
-/// What x86-64-v3 adds, and what every server CPU since Haswell and Zen has beside it.
-const V3: &[Bits] = &[
-    // pclmulqdq fma movbe aes xsave avx f16c rdrand
-    (1, 0, Reg::Ecx, 1 << 1 | 1 << 12 | 1 << 22 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30),
-    // fsgsbase bmi1 avx2 smep bmi2
-    (7, 0, Reg::Ebx, 1 << 0 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 8),
-    // x87 sse avx
-    (0xd, 0, Reg::Eax, 7),
-    // xsaveopt
-    (0xd, 1, Reg::Eax, 1),
-    // abm (lzcnt)
-    (0x8000_0001, 0, Reg::Ecx, 1 << 5),
-    // pdpe1gb
-    (0x8000_0001, 0, Reg::Edx, 1 << 26),
-];
-
 fn entry(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Option<kvm_cpuid_entry2> {
     entries.iter().find(|e| (e.function, e.index) == (leaf, subleaf)).copied()
 }
 
 fn bits_of(entries: &[kvm_cpuid_entry2], r: &FeatureRegister) -> u32 {
     entry(entries, r.leaf, r.subleaf).map_or(0, |e| r.reg.get(&e)) & r.bits
+}
+
+/// Bits of a physical address, and of a linear one.
+fn address_bits(entries: &[kvm_cpuid_entry2]) -> [u8; 2] {
+    let [physical, linear, ..] = entry(entries, ADDRESSES, 0).unwrap_or_default().eax.to_le_bytes();
+    [physical, linear]
 }
 
 /// Drops the XSAVE components that leaf 0xD.0 EAX no longer names, and all of the leaf without XSAVE.

@@ -4,6 +4,9 @@ use std::io::Write as _;
 
 use super::*;
 
+/// The last byte of RAM that any model's addresses reach.
+const RAM_LAST: u64 = (1 << 30) - 1;
+
 fn leaf(function: u32, index: u32, regs: [u32; 4]) -> kvm_cpuid_entry2 {
     let [eax, ebx, ecx, edx] = regs;
     kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..kvm_cpuid_entry2::default() }
@@ -47,7 +50,7 @@ fn file(text: &str) -> tempfile::NamedTempFile {
 
 #[test]
 fn a_model_shows_its_features_and_kvms_and_no_others() {
-    let v3 = apply(&CpuModel::V3, &host()).unwrap();
+    let v3 = apply(&CpuModel::V3, &host(), RAM_LAST).unwrap();
     let kvm = 1 << 21 | 1 << 24 | 1 << 31;
     assert_eq!(get(&v3, 1, 0).ecx & !(1 << 27), 0x76d8_3203 & !(1 << 21 | 1 << 24) | kvm);
     assert_eq!(get(&v3, 1, 0).eax, 0x906ea, "not a feature");
@@ -57,9 +60,13 @@ fn a_model_shows_its_features_and_kvms_and_no_others() {
     assert_eq!(entry(v3.as_slice(), 0xd, 5).map(|e| e.eax), None);
     assert_eq!(get(&v3, 0x8000_0007, 0).edx, 0);
     assert_eq!(get(&v3, 0x4000_0001, 0).eax, 0x0100_18cb);
-    assert_eq!(get(&v3, 0x8000_0008, 0).eax, 0x302e);
+    assert_eq!(
+        get(&v3, 0x8000_0008, 0).eax,
+        0x3027,
+        "39 bits of a physical address, of the host's 46"
+    );
 
-    let v2 = apply(&CpuModel::V2, &host()).unwrap();
+    let v2 = apply(&CpuModel::V2, &host(), RAM_LAST).unwrap();
     assert!(v2.as_slice().iter().all(|e| e.function != 0xd), "no XSAVE, no leaf of it");
     assert_eq!(missing(&v2, &v3), [""; 0], "v3 has all of v2");
     assert!(missing(&v3, &v2).contains(&"avx2".to_owned()));
@@ -85,9 +92,9 @@ fn v2_is_the_psabis() {
 #[test]
 fn what_the_host_lacks_is_named() {
     let old = host_with(7, 0, |e| e.ebx &= !(1 << 5 | 1 << 8));
-    let refused = apply(&CpuModel::V3, &old).unwrap_err().to_string();
+    let refused = apply(&CpuModel::V3, &old, RAM_LAST).unwrap_err().to_string();
     assert_eq!(refused, "CPU model x86-64-v3 needs what this host lacks: avx2, bmi2");
-    apply(&CpuModel::V2, &old).unwrap();
+    apply(&CpuModel::V2, &old, RAM_LAST).unwrap();
 }
 
 #[test]
@@ -96,7 +103,7 @@ fn a_hosts_model_goes_through_its_file() {
     let file = file(&model.to_json());
     let loaded = Model::load(file.path()).unwrap();
     assert_eq!(loaded, model);
-    let guest = apply(&CpuModel::File(file.path().to_owned()), &host()).unwrap();
+    let guest = apply(&CpuModel::File(file.path().to_owned()), &host(), RAM_LAST).unwrap();
     assert_eq!(guest, host(), "all of the host is the host");
 }
 
@@ -127,6 +134,7 @@ fn a_bad_file_is_refused_by_name() {
         ("{\"name\":\"x\",\"leaves\":[{\"leaf\":\"0x1\",\"esx\":\"0x1\"}]}", "unknown field"),
         ("{\"name\":\"x\",\"leaves\":[{\"leaf\":\"0x2\",\"eax\":\"0x1\"}]}", "no CPU features"),
         ("{\"name\":\"x\",\"leaves\":[{\"leaf\":\"0x1\"},{\"leaf\":\"0x1\"}]}", "twice"),
+        ("{\"name\":\"x\",\"physical_bits\":53,\"leaves\":[]}", "32 to 52 bits, not 53"),
         (&" ".repeat(70_000), "longer than"),
     ] {
         let file = file(text);
@@ -157,4 +165,47 @@ fn what_a_destination_lacks_is_named() {
     assert!(missing(&host(), &other)[0].starts_with("a CPU of GenuineIntel"));
     let none = from_entries(&[]);
     assert!(missing(&host(), &none).len() > 100);
+}
+
+/// A host of the next generation: 52 bits of a physical address, 57 of a linear one, and what nested guests have.
+#[test]
+fn addresses_have_no_more_bits_than_the_model() {
+    let new = host_with(0x8000_0008, 0, |e| e.eax = 0x0034_3934);
+    let old = host_with(7, 0, |e| e.ecx &= !(1 << 16));
+    for model in
+        [Model::v2(), Model::v3(), Model::common(&Model::of_host(&new), &Model::of_host(&old))]
+    {
+        let guest = model.apply(&new).unwrap();
+        assert_eq!(missing(&guest, &old), [""; 0], "{}", model.name);
+    }
+    let common = Model::common(&Model::of_host(&new), &Model::of_host(&old));
+    assert_eq!(get(&common.apply(&new).unwrap(), 0x8000_0008, 0).eax, 0x302e);
+    let all = Model::of_host(&new);
+    assert_eq!(all.apply(&new).unwrap(), new, "all of the host is the host");
+    assert_eq!(
+        missing(&all.apply(&new).unwrap(), &old),
+        [
+            "la57",
+            "physical addresses of 52 bits (here 46)",
+            "linear addresses of 57 bits (here 48)"
+        ]
+    );
+    // A narrower host keeps what it has.
+    let client = host_with(0x8000_0008, 0, |e| e.eax = 0x3024);
+    assert_eq!(get(&Model::v3().apply(&client).unwrap(), 0x8000_0008, 0).eax, 0x3024);
+}
+
+#[test]
+fn a_file_without_address_bits_leaves_the_hosts() {
+    let file = file(r#"{"name": "old", "leaves": [{"leaf": "0x1", "edx": "0x1"}]}"#);
+    let guest = apply(&CpuModel::File(file.path().to_owned()), &host(), RAM_LAST).unwrap();
+    assert_eq!(get(&guest, 0x8000_0008, 0).eax, 0x302e);
+}
+
+#[test]
+fn ram_that_no_address_reaches_is_refused() {
+    apply(&CpuModel::V3, &host(), (1 << 39) - 1).unwrap();
+    let refused = apply(&CpuModel::V3, &host(), 1 << 39).unwrap_err().to_string();
+    assert!(refused.contains("39 bits, as --cpu-model x86-64-v3 has here"), "{refused}");
+    apply(&CpuModel::Host, &host(), 1 << 39).unwrap();
 }

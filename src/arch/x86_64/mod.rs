@@ -13,6 +13,7 @@ pub mod boot_regs;
 pub mod chip_state;
 pub mod clock;
 pub mod cpu_features;
+mod cpu_levels;
 pub mod cpu_model;
 pub mod cpuid;
 mod kvm_bytes;
