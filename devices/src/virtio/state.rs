@@ -157,6 +157,8 @@ impl VirtioMmio {
         let setup = &mut self.core.queues[index];
         let size_max = setup.size_max;
         *setup = QueueSetup { size_max, size, descriptor_area, driver_area, device_area, ready };
+        // Nothing stays of an example that was restored before.
+        self.home().queues[index].reset();
         if !self.core.live() || !ready {
             // Whatever a driver wrote that hasn't started: it is checked when it does.
             return Ok(());

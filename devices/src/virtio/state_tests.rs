@@ -151,6 +151,21 @@ fn version_1_is_encoded_as_it_was_released() {
     assert_eq!(device.save_section(0).unwrap().body, GOLDEN_V1);
 }
 
+/// A destination restores an example first: a guest that reset its device since then has nothing of that any more.
+#[test]
+fn what_an_earlier_state_had_is_gone() {
+    let mut device = destination();
+    device.restore(sample()).unwrap();
+    let mut state = sample();
+    for queue in &mut state.queues {
+        (queue.ready, queue.next_avail, queue.next_used) = (false, 0, 0);
+    }
+    device.restore(state.clone()).unwrap();
+    let saved = device.save().unwrap();
+    assert_eq!(saved.queues, state.queues);
+    assert!(device.home().queues.iter().all(|queue| !queue.ready()));
+}
+
 #[test]
 fn states_that_cannot_be_are_refused() {
     destination().restore(sample()).unwrap();
