@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{AtFlags, FallocateFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FallocateFlags, StatxFlags, fadvise};
 use rustix::io::{Errno, retry_on_intr};
 use vmm_devices::GuestSlice;
 use vmm_devices::backend::BlockBackend;
@@ -169,6 +169,16 @@ impl DiskHandle {
     /// owner.
     pub fn mark_changed(&self) -> Result<(), DiskError> {
         mark_changed(&self.file).map_err(self.kernel("mark it as changed"))
+    }
+
+    /// Drops what this host has cached of a block device that the guest may write: on storage that hosts share it can be
+    /// older than what another host wrote meanwhile. Network file systems see to that themselves when the lock is taken.
+    pub fn forget_cached(&self) {
+        let is_block_device = self.file.metadata().is_ok_and(|m| m.file_type().is_block_device());
+        if self.is_writable() && is_block_device {
+            // A block that is in use just now stays; who reads it then is no guest of ours.
+            let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
+        }
     }
 
     fn kernel(&self, what: &'static str) -> impl FnOnce(io::Error) -> DiskError + '_ {

@@ -128,6 +128,8 @@ impl LocalHost {
         let mut machine =
             Machine::new(config, origin, &console, self.events.clone()).map_err(one_line)?;
         machine.warm_up();
+        // Most of it now: what is left to do in the downtime is what somebody reads here until then.
+        machine.core.platform.disks.iter().for_each(DiskHandle::forget_cached);
         let guest = VacantGuest { mapping: None, machine, server, console, saved_clock_ns: None };
         Ok(Reserved { guest, locks_seen, warnings })
     }
@@ -295,6 +297,7 @@ fn take_disks(machine: &Machine) -> Result<(), GuestError> {
     let disks = &machine.core.platform.disks;
     for disk in disks {
         disk.take_lock()?;
+        disk.forget_cached();
     }
     let writable = disks.iter().filter(|disk| disk.is_writable());
     Ok(mark_any(writable.map(DiskHandle::mark_changed))?)
