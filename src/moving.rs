@@ -101,8 +101,7 @@ fn finish(departure: Departure, uri: &Uri, reply: Reply, vacate: &dyn Fn()) -> M
             let memory = left.let_go();
             vacate();
             reply.done(answer);
-            background::enter();
-            drop(memory);
+            background::give_back(memory);
             Moved::Away(told)
         }
         Departure::Stayed { vm, outcome: Ok((_, report)) } => {
