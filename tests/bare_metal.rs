@@ -222,8 +222,7 @@ fn a_reader_that_sleeps_loses_nothing_and_holds_no_vcpu() {
     // More than the pipe holds, and the console before a guest that waits has to.
     const LINES: usize = 5000;
     for rude in [0, 1] {
-        let mut vm = Vm::start(Guest::flood(LINES as u64, rude), &[]);
-        vm.set_pipe_size(4096);
+        let mut vm = Vm::start_narrow(Guest::flood(LINES as u64, rude), &[]);
         vm.wait_until_up();
         std::thread::sleep(Duration::from_secs(3));
         // A guest that waits for the reader still runs, and a vCPU that stood still would not come home.

@@ -268,9 +268,8 @@ fn a_console_that_is_read_late_loses_nothing() {
     if !has_kvm() {
         return;
     }
-    let mut source = Vm::start(Guest::flood(4000, 0), &[]);
+    let mut source = Vm::start_narrow(Guest::flood(4000, 0), &[]);
     let mut text = source.read_some(1);
-    source.set_pipe_size(4096);
     let (mut destination, uri) = Vm::listen(&[]);
     let client = source.start_move(&uri, &EASY);
     until("is on its way", || {

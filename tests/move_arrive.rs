@@ -151,7 +151,9 @@ fn a_source_in_doubt_is_answered_while_another_guest_comes() {
     let source = Vm::start(Guest::counter(), &["--serial", "null"]);
     source.wait_until_up();
     let (destination, uri) = Vm::listen(&[]);
-    let _client = source.start_move(&uri, &["--bandwidth", "1M"]);
+    // Its state alone takes longer: it stays on its way, however slow this machine is.
+    let never = ["--downtime-limit", "1ms", "--timeout", "1h", "--on-timeout", "stop-and-copy"];
+    let _client = source.start_move(&uri, &[&["--bandwidth", "1M"], &never[..]].concat());
     source.until_pre_copy();
     let mut stream = UnixStream::connect(destination.place.path("move.sock")).unwrap();
     stream.set_read_timeout(Some(LONG)).unwrap();

@@ -60,7 +60,7 @@ fn what_is_typed_to_a_paused_guest_moves_with_it() {
     pty.type_in(&typed);
     pty.until_read();
     let (mut destination, uri) = Vm::listen(&[]);
-    let moved = place.tell(&["migrate", "--connect", &uri]);
+    let moved = place.tell(&["migrate", "--connect", &uri, EASY[0], EASY[1]]);
     assert!(moved.status.success(), "{moved:?}");
     assert!(pty.child.wait().unwrap().success());
     destination.tell(&["resume"]);

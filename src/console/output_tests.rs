@@ -88,7 +88,7 @@ fn a_guest_that_never_waits_is_held_up_and_its_loss_is_told() {
     let start = Instant::now();
     wire.push(b"b");
     assert!(start.elapsed() >= HOLD, "held up");
-    assert!(start.elapsed() < 20 * HOLD, "but not for long");
+    assert!(start.elapsed() < LONG, "but not for long");
     let before = output.ring.pending();
     wire.push(&vec![b'c'; ring::CAPACITY]);
     assert_eq!(output.ring.pending(), ring::CAPACITY);

@@ -2,7 +2,7 @@
 //! on pipes. Dropping it kills it.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -96,6 +96,19 @@ impl Vm {
         Self::spawn(place, command)
     }
 
+    /// As [`Self::start`], where the pipe of the console's output holds no more than a page. (Once the guest prints, more may
+    /// lie in it than it could still be made to hold.)
+    pub fn start_narrow(guest: Guest, options: &[&str]) -> Self {
+        let place = Place::new();
+        let mut command = place.run(guest, options);
+        let (stdout, theirs) = std::io::pipe().unwrap();
+        rustix::pipe::fcntl_setpipe_size(&theirs, 4096).unwrap();
+        command.stdin(Stdio::piped()).stdout(theirs).stderr(Stdio::piped());
+        let mut vm = Self::become_vm(place, command);
+        vm.stdout = Some(OwnedFd::from(stdout).into());
+        vm
+    }
+
     /// Starts `vmm restore` of a snapshot with its console on pipes.
     pub fn restore(snapshot: &Path, options: &[&str]) -> Self {
         let place = Place::new();
@@ -106,6 +119,10 @@ impl Vm {
     /// Starts a command of `vmm`'s that becomes a VM, with its console on pipes.
     pub fn spawn(place: Place, mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::become_vm(place, command)
+    }
+
+    fn become_vm(place: Place, mut command: Command) -> Self {
         let mut child = command.spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         Self { place, child, stdin, stdout }
@@ -124,12 +141,6 @@ impl Vm {
     /// Closes the reading end of the console's output.
     pub fn close_stdout(&mut self) {
         self.stdout = None;
-    }
-
-    /// Makes the pipe of the console's output hold no more than this many bytes.
-    pub fn set_pipe_size(&mut self, bytes: usize) {
-        let stdout = self.stdout.as_ref().expect("not closed");
-        rustix::pipe::fcntl_setpipe_size(stdout, bytes).unwrap();
     }
 
     /// What the guest prints next: at least one byte; empty at the end, or if nothing comes in time.
