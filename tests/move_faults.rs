@@ -3,14 +3,14 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use support::disk;
 use support::guests::Guest;
 use support::moves::{EASY, until};
 use support::relay::{ANY, Point, Relay};
-use support::vm::{Place, Vm, has_kvm};
+use support::vm::{Vm, has_kvm};
 use vmm_migration::wire::record::*;
 
 /// What happens at the point.
@@ -42,28 +42,18 @@ fn owner(point: Point) -> Owner {
     }
 }
 
-/// A guest that checks its memory, with a disk; its destination; and what the disk holds.
+/// A guest that checks its memory, with a disk, and its destination.
 struct Scene {
     source: Vm,
     destination: Vm,
-    disk: PathBuf,
-    content: Vec<u8>,
-    modified: SystemTime,
-    _place: Place,
 }
 
 impl Scene {
     fn new() -> Self {
-        let place = Place::new();
-        let disk = place.path("disk");
-        let content: Vec<u8> = (0..=255).cycle().take(1 << 16).collect();
-        std::fs::write(&disk, &content).unwrap();
-        let mut source =
-            Vm::start(Guest::dirtier(8, 300), &["--disk", disk.to_str().unwrap(), "--mem", "32M"]);
+        let mut source = disk::start(Guest::dirtier(8, 300), &["--mem", "32M"]);
         runs(&mut source);
         let (destination, _) = Vm::listen(&[]);
-        let modified = modified(&disk);
-        Self { source, destination, disk, content, modified, _place: place }
+        Self { source, destination }
     }
 
     /// To the destination it was a connection that ended: it still takes the next guest. Gives whether it was only that.
@@ -81,18 +71,8 @@ impl Scene {
         let words =
             "a connection brought no guest: pre-migration failed: the source closed the connection";
         assert!(status == Some(0) && first.ends_with(words), "{err}");
-        self.check_disk_untouched();
+        disk::check_untouched(&self.source);
         true
-    }
-
-    fn check_disk(&self) {
-        assert!(std::fs::read(&self.disk).unwrap() == self.content, "the disk changed");
-    }
-
-    /// Not even marked, as it is for a guest that is about to run.
-    fn check_disk_untouched(&self) {
-        self.check_disk();
-        assert_eq!(modified(&self.disk), self.modified, "the disk was written to, or marked");
     }
 
     /// The guest runs at the source; it moves if it is asked to.
@@ -104,7 +84,7 @@ impl Scene {
         let (mut again, uri) = Vm::listen(&[]);
         self.source.move_to(&uri, &EASY);
         runs(&mut again);
-        self.check_disk();
+        disk::check_content(&self.source);
     }
 
     /// The guest ended with the source. The destination says so, ran nothing of it, and has left its disk alone.
@@ -124,7 +104,7 @@ impl Scene {
         let words = " failed: the source closed the connection; if the source is gone, the guest is gone: nothing of it \
                      runs here, and its disks are untouched";
         assert!(last.starts_with("vmm: the migration failed: ") && last.ends_with(words), "{err}");
-        self.check_disk_untouched();
+        disk::check_untouched(&self.source);
     }
 
     /// The guest runs at the destination only.
@@ -133,13 +113,8 @@ impl Scene {
         self.source.read_to_end();
         let (status, err) = self.source.wait();
         assert!(status == Some(0) || status.is_none(), "{status:?} {err}");
-        self.check_disk();
+        disk::check_content(&self.source);
     }
-}
-
-/// When a file was last written to.
-fn modified(path: &Path) -> SystemTime {
-    std::fs::metadata(path).unwrap().modified().unwrap()
 }
 
 /// It prints a dot for each pass over its memory without a difference.
@@ -182,7 +157,7 @@ fn killed_with_the_guest(mut scene: Scene, owner: Owner) {
     if owner == Owner::DestinationAlone {
         scene.source.read_to_end();
         assert_eq!(scene.source.wait().0, Some(0), "the source has let go of it");
-        return scene.check_disk();
+        return disk::check_content(&scene.source);
     }
     // The source knows of no copy that runs; whether one ran, the disk tells. Or the destination was quick, and
     // the source has heard its word before the kill: then it has gone.
@@ -199,7 +174,7 @@ fn killed_with_the_guest(mut scene: Scene, owner: Owner) {
     if state == "ended" && owner == Owner::Passing {
         scene.source.read_to_end();
         assert_eq!(scene.source.wait().0, Some(0), "the source has let go of it");
-        return scene.check_disk();
+        return disk::check_content(&scene.source);
     }
     if owner == Owner::Destination {
         assert_eq!(state, "in-doubt", "another copy ran: only the operator may say");

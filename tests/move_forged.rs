@@ -301,6 +301,27 @@ fn sections(whole: &[u8], told: impl FnOnce(Section) -> Vec<Section>) -> Told {
     Told::Records(told.iter().map(|section| (SECTION, wire::encode_section(section))).collect())
 }
 
+/// What the destination says it could restore, it has restored, before anything of the guest goes over.
+#[test]
+fn an_example_that_cannot_be_restored() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = dirtier();
+    let cut = |whole: &[u8]| {
+        sections(whole, |mut section| {
+            section.body.pop();
+            vec![section]
+        })
+    };
+    let (answer, err) = lied_to(&mut source, Source, &lie(SECTION, cut, &[]));
+    let words = "irqchip: the saved state of version 1 can't be decoded";
+    answer.check_failed(&["reservation failed: the destination says: ", words]);
+    assert!(!answer.err.contains("pre-copy"), "{answer:?}");
+    check_said(&err, &["the migration failed: reservation: ", words]);
+    check_moves(source);
+}
+
 /// A source whose state, at the stop, isn't what it announced: the destination says so before it restores anything.
 #[test]
 fn sections_that_were_not_announced() {

@@ -1,4 +1,4 @@
-//! Ends of a migration that stand still: stopped, or behind a pipe that nobody reads any more, or at storage that hangs. The other end's patience is
+//! Ends of a migration that stand still: stopped, or behind a pipe that nobody reads any more. The other end's patience is
 //! over after a while: one line says so, the guest runs on at the source, and what stood still starts no second copy when
 //! it goes on. What takes long here is waiting, so it is done side by side.
 
@@ -8,10 +8,8 @@ use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write, pipe};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -19,25 +17,41 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
+use support::disk;
 use support::guests::Guest;
-use support::moves::{Answer, EASY, check_last_line, until};
+use support::moves::{Answer, Count, EASY, check_last_line, until};
 use support::relay::{Point, Relay};
 use support::vm::{Place, Vm, binary, has_kvm};
 use vmm_migration::wire::record::*;
 use vmm_migration::wire::{HEAD_LEN, PREAMBLE_LEN, RecordHead, SUM_LEN};
 
-/// What the source says when the destination does nothing.
-const STILL_THERE: &str = "the destination has not answered or taken data for 10";
+/// What the source says when the destination does nothing, and of how many milliseconds at least.
+const STILL_THERE: (&str, u64) = ("the destination has not answered or taken data for ", 10_000);
 /// What the destination says when the source does nothing.
-const STILL_HERE: &str = "the source has not answered or taken data for 30";
+const STILL_HERE: (&str, u64) = ("the source has not answered or taken data for ", 30_000);
 
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
-/// A guest that checks so many MiB of its memory, and dirties them meanwhile.
-fn dirtier(mib: u64) -> Vm {
-    let mut vm = Vm::start(Guest::dirtier(mib, 0), &[]);
+/// A guest that checks 8 MiB of its memory, and dirties them meanwhile; with a disk.
+fn dirtier() -> Vm {
+    let mut vm = disk::start(Guest::dirtier(8, 0), &[]);
     runs(&mut vm);
     vm
+}
+
+/// It was waited for as long as that. (A busy machine is told of more.)
+#[track_caller]
+fn check_patience(err: &str, (words, at_least): (&str, u64)) {
+    let (_, rest) = err.split_once(words).unwrap_or_else(|| panic!("no {words:?} in {err}"));
+    let ms: u64 = rest.split(' ').next().unwrap().parse().unwrap();
+    assert!(ms >= at_least, "{err}");
+}
+
+/// The source has lost its patience.
+#[track_caller]
+fn check_gave_up(answer: &Answer, stage: &str) {
+    answer.check_failed(&[stage, STILL_THERE.0]);
+    check_patience(&answer.err, STILL_THERE);
 }
 
 /// It prints a dot for each pass over its memory without a difference.
@@ -48,8 +62,9 @@ fn runs(vm: &mut Vm) {
     assert!(dots.iter().all(|c| *c == b'.'), "its memory changed: {dots:?}");
 }
 
-/// The guest runs at the source only, and moves if it is asked to.
+/// The guest runs at the source only, nobody else has had its disk, and it moves if it is asked to.
 fn stays(mut source: Vm) {
+    disk::check_untouched(&source);
     until("runs on at the source", || source.info()["state"] == "running");
     runs(&mut source);
     let (mut again, uri) = Vm::listen(&[]);
@@ -66,8 +81,12 @@ fn side_by_side(scenes: &[&(dyn Fn() + Sync)]) {
 
 /// A source and a destination, one of which is stopped just before this record reaches it; and what the source's client says
 /// in the end. `wait` sees to it that the other has lost its patience.
-fn stopped_at(kind: u32, is_source: bool, wait: impl FnOnce(&mut Vm, &mut Vm)) -> (Answer, Vm, Vm) {
-    let mut source = dirtier(8);
+fn stopped_at(
+    mut source: Vm,
+    kind: u32,
+    is_source: bool,
+    wait: impl FnOnce(&mut Vm, &mut Vm),
+) -> (Answer, Vm, Vm) {
     let (mut destination, _) = Vm::listen(&[]);
     let stopped = if is_source { &source } else { &destination };
     let stop = stopped.signaller(Signal::STOP);
@@ -83,11 +102,11 @@ fn stopped_at(kind: u32, is_source: bool, wait: impl FnOnce(&mut Vm, &mut Vm)) -
 
 /// The destination is stopped: the source's guest runs on before that one goes on.
 fn destination_stopped(kind: u32, stage: &str) {
-    let (answer, source, mut destination) = stopped_at(kind, false, |source, _| {
+    let (answer, source, mut destination) = stopped_at(dirtier(), kind, false, |source, _| {
         until("stays", || source.info()["state"] == "running");
         runs(source);
     });
-    answer.check_failed(&[stage, STILL_THERE]);
+    check_gave_up(&answer, stage);
     let err = gives_up(&mut destination);
     assert!(err.lines().last().unwrap().contains("the source"), "{err}");
     stays(source);
@@ -108,11 +127,11 @@ fn gives_up(destination: &mut Vm) -> String {
 /// The destination is stopped before it has accepted the connection, and so before `HelloReply`: once it goes on, it finds
 /// that the connection has ended, and takes the guest over the next.
 fn destination_stopped_before_it_answers() {
-    let mut source = dirtier(8);
+    let mut source = dirtier();
     let (mut destination, uri) = Vm::listen(&[]);
     destination.signal(Signal::STOP);
     let answer = source.try_move(&uri, &EASY);
-    answer.check_failed(&["pre-migration failed", STILL_THERE]);
+    check_gave_up(&answer, "pre-migration failed");
     runs(&mut source);
     destination.signal(Signal::CONT);
     source.move_to(&uri, &EASY);
@@ -124,6 +143,39 @@ fn destination_stopped_before_it_answers() {
     assert!(status == Some(0) && err.lines().next().unwrap().ends_with(words), "{err}");
 }
 
+/// The destination was told to run the guest, which has no disk, and does so as soon as it can: the source waits for that.
+fn commit_is_read_late() {
+    let source = Vm::start(Guest::dirtier(8, 0), &[]);
+    source.wait_until_up();
+    let (answer, mut source, mut destination) =
+        stopped_at(source, COMMIT, false, |source, destination| {
+            until("is in doubt", || source.info()["state"] == "in-doubt");
+            assert_eq!(destination.read(Duration::ZERO), b"");
+        });
+    runs(&mut destination);
+    source.read_to_end();
+    assert_eq!(source.wait().0, Some(0), "the guest has moved: {answer:?}");
+}
+
+/// By the locks of its disk the source knows meanwhile that no copy runs, and has it back: what the destination was told
+/// counts no more.
+fn commit_is_read_too_late() {
+    let (answer, source, mut destination) = stopped_at(dirtier(), COMMIT, false, |source, _| {
+        until("goes on", || source.info()["state"] == "running");
+        runs(source);
+    });
+    let last = answer.err.lines().last().unwrap();
+    assert!(answer.status == Some(1) && last.contains("commitment failed"), "{answer:?}");
+    check_patience(last, STILL_THERE);
+    let err = gives_up(&mut destination);
+    let last = err.lines().last().unwrap();
+    assert!(
+        last.contains("activating the guest failed: disk ") && last.contains(": locked by pid "),
+        "{err}"
+    );
+    stays(source);
+}
+
 #[test]
 fn a_destination_that_is_stopped() {
     side_by_side(&[
@@ -131,23 +183,14 @@ fn a_destination_that_is_stopped() {
         &|| destination_stopped(PING, "reservation"),
         &|| destination_stopped(ROUND_END, "pre-copy"),
         &|| destination_stopped(END, "stop-and-copy"),
-        &|| {
-            // It was told to run the guest, and does so as soon as it can: the source waits for that.
-            let (answer, mut source, mut destination) =
-                stopped_at(COMMIT, false, |source, destination| {
-                    until("is in doubt", || source.info()["state"] == "in-doubt");
-                    assert_eq!(destination.read(Duration::ZERO), b"");
-                });
-            runs(&mut destination);
-            source.read_to_end();
-            assert_eq!(source.wait().0, Some(0), "the guest has moved: {answer:?}");
-        },
+        &commit_is_read_late,
+        &commit_is_read_too_late,
     ]);
 }
 
 /// The source is stopped before it has committed: the destination gives up, and the guest goes on when the source does.
 fn source_stopped(kind: u32, stage: &str) {
-    let (answer, source, mut destination) = stopped_at(kind, true, |_, destination| {
+    let (answer, source, mut destination) = stopped_at(dirtier(), kind, true, |_, destination| {
         let socket = destination.place.path("vm.sock");
         until("gives up", || !socket.exists());
     });
@@ -155,7 +198,8 @@ fn source_stopped(kind: u32, stage: &str) {
     check_last_line(&answer.err, &["the destination"]);
     stays(source);
     let err = gives_up(&mut destination);
-    assert!(err.contains(stage) && err.contains(STILL_HERE), "{err}");
+    assert!(err.contains(stage), "{err}");
+    check_patience(&err, STILL_HERE);
     assert!(err.contains("the guest is gone") && err.contains("disks are untouched"), "{err}");
 }
 
@@ -163,27 +207,33 @@ fn source_stopped(kind: u32, stage: &str) {
 fn source_stopped_in_reservation() {
     let mut told = None;
     let (answer, source, mut destination) =
-        stopped_at(HELLO_REPLY, true, |_, destination| told = Some(destination.wait()));
+        stopped_at(dirtier(), HELLO_REPLY, true, |_, destination| told = Some(destination.wait()));
     answer.check_failed(&["the destination"]);
     stays(source);
     let (status, err) = told.unwrap();
     assert_eq!((status, destination.read_to_end()), (Some(1), vec![]), "{err}");
-    check_last_line(&err, &["reservation failed", STILL_HERE, "the guest is gone"]);
+    check_last_line(&err, &["reservation failed", STILL_HERE.0, "the guest is gone"]);
+    check_patience(&err, STILL_HERE);
 }
 
 /// The source is stopped once it has written `Commit`: the guest runs at the destination, and there only; the source learns
-/// so when it goes on, and ends, however late that is.
+/// so when it goes on, and ends, however late that is. What it puts out then was printed before: the count goes on after it
+/// at the destination.
 fn source_stopped_with_commit_written(pause: Duration) {
-    let (answer, mut source, mut destination) = stopped_at(COMMIT, true, |source, destination| {
-        runs(destination);
-        while !source.read(Duration::ZERO).is_empty() {}
-        thread::sleep(pause);
-    });
+    let (mut source, mut count) = (disk::start(Guest::counter(), &[]), Count::default());
+    count.check(&source.read_some(1000));
+    let mut there = Vec::new();
+    let (answer, mut source, mut destination) =
+        stopped_at(source, COMMIT, true, |_, destination| {
+            there = destination.read_some(1000);
+            thread::sleep(pause);
+        });
     answer.check_moved();
-    assert_eq!(source.read_to_end(), b"", "a second copy ran");
+    count.check(&source.read_to_end());
     let (status, err) = source.wait();
     assert!(status == Some(0) && err.contains("the guest moved to unix:"), "{err}");
-    runs(&mut destination);
+    count.check(&there);
+    count.check(&destination.read_some(20_000));
 }
 
 #[test]
@@ -203,7 +253,7 @@ fn a_source_that_is_stopped() {
 
 /// The command that carries the stream, a stand-in for ssh, takes none of it any more from this record on.
 fn command_stands_still(kind: u32, stage: &str) {
-    let source = dirtier(8);
+    let source = dirtier();
     let (mut destination, _) = Vm::listen(&[]);
     let place = Place::new();
     let (forth, back, mark) = (place.path("forth"), place.path("back"), place.path("mark"));
@@ -219,7 +269,7 @@ fn command_stands_still(kind: u32, stage: &str) {
     let their_end = stream.try_clone().unwrap();
     let passing = thread::spawn(move || drop(pass_all(&their_end, &mut back)));
     pass(&mut forth, &stream, kind, || true);
-    client.wait().check_failed(&[stage, STILL_THERE]);
+    check_gave_up(&client.wait(), stage);
     let marked = place.path("").display().to_string();
     until("leaves no process behind", || processes(&marked) == 0);
     stream.shutdown(Shutdown::Both).unwrap();
@@ -307,7 +357,7 @@ fn pass_back(
 
 /// A destination on standard input and output, whose output nobody reads from when this record comes.
 fn output_is_full(kind: u32, stage: &str) {
-    let source = dirtier(8);
+    let source = dirtier();
     let place = Place::new();
     let socket = place.path("relay.sock");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -331,13 +381,13 @@ fn output_is_full(kind: u32, stage: &str) {
         });
         scope.spawn(|| pass_back(reader, &stream, &back)).join().unwrap()
     });
-    client.wait().check_failed(&[stage, STILL_THERE]);
+    check_gave_up(&client.wait(), stage);
     stays(source);
     // With the pipe still there, still full.
     let output = destination.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let err = String::from_utf8(output.stderr).unwrap();
-    assert!(err.lines().last().unwrap().contains(STILL_HERE), "{err}");
+    check_patience(err.lines().last().unwrap(), STILL_HERE);
     drop(full);
 }
 
@@ -348,48 +398,4 @@ fn a_standard_output_that_is_full() {
         &|| output_is_full(ROUND_END, "pre-copy"),
         &|| output_is_full(END, "stop-and-copy"),
     ]);
-}
-
-/// Has a process hold a lease on a file: whoever opens it waits for that process, which does nothing, for as long as
-/// `/proc/sys/fs/lease-break-time` says (45 s by default).
-fn lease(path: &Path) -> Child {
-    // F_SETLEASE, F_WRLCK. SIGIO asks for the lease.
-    const PROGRAM: &str = "$SIG{IO} = 'IGNORE'; open(my $f, '+<', $ARGV[0]) or die $!; \
-                           fcntl($f, 1024, 1) or die $!; $| = 1; print 'leased'; sleep 100;";
-    let mut command = Command::new("perl");
-    command.args(["-e", PROGRAM]).arg(path).stdout(Stdio::piped());
-    let mut holder = command.spawn().expect("perl is there");
-    holder.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).expect("a lease");
-    holder
-}
-
-/// Whether somebody waits for a lease on a file.
-fn is_awaited(path: &Path) -> bool {
-    let inode = format!(":{} ", fs::metadata(path).unwrap().ino());
-    let locks = fs::read_to_string("/proc/locks").unwrap();
-    locks.lines().any(|line| line.contains("BREAKING") && line.contains(&inode))
-}
-
-#[test]
-fn a_destination_whose_storage_hangs_can_be_cancelled() {
-    if !has_kvm() {
-        return;
-    }
-    let place = Place::new();
-    let disks = ["here", "there"].map(|name| place.path(name));
-    disks.iter().for_each(|disk| fs::write(disk, [0; 1 << 16]).unwrap());
-    let option = format!("{},id=data", disks[0].display());
-    let mut source = Vm::start(Guest::dirtier(4, 0), &["--disk", &option]);
-    let there = format!("id=data,path={}", disks[1].display());
-    let (mut destination, uri) = Vm::listen(&["--disk", &there]);
-    let mut holder = lease(&disks[1]);
-    let client = source.start_move(&uri, &EASY);
-    until("opens the disk", || is_awaited(&disks[1]));
-    destination.signal(Signal::INT);
-    client.wait().check_failed(&["reservation", "the destination says", "cancelled"]);
-    assert_eq!(destination.wait().0, Some(1));
-    assert!(is_awaited(&disks[1]), "it was cancelled when the disk was there");
-    runs(&mut source);
-    holder.kill().unwrap();
-    holder.wait().unwrap();
 }

@@ -267,16 +267,13 @@ fn a_vm_that_is_killed_at_any_moment_leaves_all_or_nothing() {
         if *left == dir {
             check_whole(&dir);
             check_restores(&dir);
-            fs::remove_dir_all(&dir).unwrap();
         } else {
             let name = left.file_name().unwrap().to_str().unwrap();
             assert!(name.starts_with("snap.partial-"), "sign {at}: {name}");
         }
+        // It would be the next turn's sign, before that one has written anything.
+        fs::remove_dir_all(left).unwrap();
     }
-    let mut vm = Vm::start(dirtier(), &[]);
-    check_intact(&mut vm);
-    vm.tell(&["snapshot", dir.to_str().unwrap()]);
-    assert_eq!(names(place.path()), std::slice::from_ref(&dir));
 }
 
 #[test]

@@ -6,6 +6,7 @@ use rustix::process::Signal;
 use vmm_migration::channel::Peer::{self, Destination, Source};
 use vmm_migration::wire::record::{COMMIT, READY};
 
+use super::disk;
 use super::forge::{self, Forgery, Told, body, framed};
 use super::guests::Guest;
 use super::moves::{Answer, EASY, check_last_line, until};
@@ -56,9 +57,9 @@ pub fn changed(whole: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> Told {
     Told::Bytes(framed(whole, &body))
 }
 
-/// A dirtier of 8 of its 64 MiB.
+/// A dirtier of 8 of its 64 MiB, with a disk.
 pub fn dirtier() -> Vm {
-    let mut vm = Vm::start(Guest::dirtier(8, 0), &[]);
+    let mut vm = disk::start(Guest::dirtier(8, 0), &[]);
     check_intact(&mut vm);
     vm
 }
@@ -99,6 +100,7 @@ pub fn lied_to(source: &mut Vm, by: Peer, lie: &Lie) -> (Answer, String) {
     }
     let (status, err) = destination.wait();
     assert_eq!((status, destination.read_to_end()), (Some(1), vec![]), "{answer:?}\n{err}");
+    disk::check_untouched(source);
     until("runs on at the source", || source.info()["state"] == "running");
     check_intact(source);
     (answer, err)
