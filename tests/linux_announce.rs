@@ -7,11 +7,10 @@ mod net;
 mod support;
 
 use std::num::NonZeroU32;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use net::{in_namespace, ip};
-use rustix::fd::OwnedFd;
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, socket};
 use support::guests::Guest;
 use support::moves::{Count, EASY};
@@ -22,6 +21,8 @@ use vmm_migration::wire::record;
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x2a];
 /// How often a guest is announced.
 const ROUNDS: usize = 5;
+/// ... and in how much time, at least, of its four pauses of 100 ms.
+const SPAN_MIN: Duration = Duration::from_millis(300);
 
 /// What a frame to everyone says, by its EtherType and operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,39 +41,45 @@ const KNOWN: [Word; 3] =
     [Word::Rarp, Word::Asks { own: OWN, other: OWN }, Word::Answers { own: OWN, other: OWN }];
 const UNKNOWN: [Word; 1] = [Word::Rarp];
 
-/// Hears what comes in by any TAP.
-struct Ear(OwnedFd);
+/// Hears what comes in by any TAP, from the guest's MAC: when, and what.
+struct Ear(Receiver<(Instant, Word)>);
 
 impl Ear {
+    /// Listens from now on, on a thread of its own: what is heard when doesn't hang on what the test does meanwhile.
     fn open() -> Self {
         // ETH_P_ALL, in network order.
         let all = Protocol::from_raw(NonZeroU32::new(0x0003_u16.to_be().into()).unwrap());
-        Self(socket(AddressFamily::PACKET, SocketType::RAW, Some(all)).unwrap())
+        let socket = socket(AddressFamily::PACKET, SocketType::RAW, Some(all)).unwrap();
+        let (heard, words) = channel();
+        std::thread::spawn(move || {
+            let mut frame = [0; 4096];
+            loop {
+                let (_, len) = recv(&socket, &mut frame, RecvFlags::empty()).unwrap();
+                let now = Instant::now();
+                if frame[6..12] == MAC && heard.send((now, word(&frame[..len]))).is_err() {
+                    return;
+                }
+            }
+        });
+        Self(words)
     }
 
     /// The next word from the guest's MAC.
-    fn hear(&mut self) -> Word {
-        let start = Instant::now();
-        let mut frame = [0; 4096];
-        loop {
-            match recv(&self.0, &mut frame, RecvFlags::DONTWAIT) {
-                Ok((_, len)) if frame[6..12] == MAC => return word(&frame[..len]),
-                Ok(_) => {}
-                Err(e) => {
-                    assert_eq!(e, Errno::AGAIN);
-                    assert!(start.elapsed() < LONG, "nothing was heard of the guest");
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-            }
-        }
+    fn hear(&self) -> (Instant, Word) {
+        self.0.recv_timeout(LONG).expect("something is heard of the guest")
     }
 
-    fn hear_rounds_of(&mut self, words: &[Word]) {
+    /// How long the rounds took, from the first word to the last.
+    fn hear_rounds_of(&self, words: &[Word]) -> Duration {
+        let mut times = Vec::new();
         for round in 0..ROUNDS {
             for expected in words {
-                assert_eq!(self.hear(), *expected, "in round {round}");
+                let (time, word) = self.hear();
+                assert_eq!(word, *expected, "in round {round}");
+                times.push(time);
             }
         }
+        *times.last().unwrap() - times[0]
     }
 }
 
@@ -109,26 +116,29 @@ fn a_guests_address_is_announced_for_it() {
             ip(&format!("tuntap add {tap} mode tap"));
             ip(&format!("link set {tap} up"));
         }
-        let mut ear = Ear::open();
+        let ear = Ear::open();
         let net = "tap=tap0,id=net,mac=02:00:00:00:00:2a";
         let mut guest = Vm::start(Guest::arp(), &["--net", net]);
-        assert_eq!(ear.hear(), Word::Asks { own: OWN, other: [10, 9, 8, 1] });
+        assert_eq!(ear.hear().1, Word::Asks { own: OWN, other: [10, 9, 8, 1] });
         let mut count = Count::default();
         count.check(&guest.read_some(100));
         // And again from there: what is known is known to the next one.
+        let mut spans = Vec::new();
         let mut version;
         for tap in ["tap1", "tap0"] {
             (guest, version) = moved_on(guest, tap, u32::MAX, &mut count);
             assert_eq!(version, 2);
-            ear.hear_rounds_of(&KNOWN);
+            spans.push(ear.hear_rounds_of(&KNOWN));
         }
         // To a destination that doesn't say what it reads, and from such a source.
         (guest, version) = moved_on(guest, "tap1", record::READS, &mut count);
         assert_eq!(version, 1);
-        ear.hear_rounds_of(&UNKNOWN);
+        spans.push(ear.hear_rounds_of(&UNKNOWN));
         (guest, version) = moved_on(guest, "tap0", u32::MAX, &mut count);
         assert_eq!(version, 2);
-        ear.hear_rounds_of(&UNKNOWN);
+        spans.push(ear.hear_rounds_of(&UNKNOWN));
+        // A switch that wakes up late has to hear of it too. One that is heard of late here seems shorter than it was.
+        assert!(spans.iter().any(|span| *span >= SPAN_MIN), "announced at once: {spans:?}");
         guest.tell(&["stop", "--force"]);
         count.check(&guest.read_to_end());
         assert_eq!(guest.wait().0, Some(0));
