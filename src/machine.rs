@@ -105,8 +105,15 @@ impl MachineError {
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreMachineError {
     /// A part refused its section.
-    #[error(transparent)]
-    Part(#[from] RestoreError),
+    #[error("state {kind}/{instance} can't be restored")]
+    Part {
+        /// What kind of part.
+        kind: &'static str,
+        /// Which one of its kind.
+        instance: u32,
+        /// Why.
+        source: RestoreError,
+    },
     /// A part has no section.
     #[error("saved state lacks the section {kind} {instance}")]
     Missing {
@@ -284,7 +291,9 @@ impl Machine {
         self.for_each_part(downtime, &mut |instance, part| {
             let kind = part.kind();
             match by_part.remove(&(kind.to_owned(), instance)) {
-                Some(section) => Ok(part.restore_section(&section)?),
+                Some(section) => part
+                    .restore_section(&section)
+                    .map_err(|source| RestoreMachineError::Part { kind, instance, source }),
                 None => Err(RestoreMachineError::Missing { kind, instance }),
             }
         })?;

@@ -315,7 +315,8 @@ fn an_example_that_cannot_be_restored() {
         })
     };
     let (answer, err) = lied_to(&mut source, Source, &lie(SECTION, cut, &[]));
-    let words = "irqchip: the saved state of version 1 can't be decoded";
+    let words =
+        "state irqchip/0 can't be restored: irqchip: the saved state of version 1 can't be decoded";
     answer.check_failed(&["reservation failed: the destination says: ", words]);
     assert!(!answer.err.contains("pre-copy"), "{answer:?}");
     check_said(&err, &["the migration failed: reservation: ", words]);

@@ -22,6 +22,7 @@ use crate::api::server::Server;
 use crate::api::socket::{self, ControlSocket, SocketError};
 use crate::arch::clock;
 use crate::backend::disk::{DiskError, DiskHandle, Locking};
+use crate::backend::lock::LockError;
 use crate::backend::tap::TapHandle;
 use crate::chain::chain;
 use crate::config::{Config, OnReboot, SerialTarget};
@@ -296,7 +297,14 @@ impl Vacant for VacantGuest {
 fn take_disks(machine: &Machine) -> Result<(), GuestError> {
     let disks = &machine.core.platform.disks;
     for disk in disks {
-        disk.take_lock()?;
+        disk.take_lock().map_err(|e| match e {
+            // It isn't to be stopped, as the lock's own words would have it.
+            LockError::Held { path, holder } => GuestError::from(format!(
+                "disk {}: locked by {holder}: its source has taken the guest back, or somebody else the disk",
+                path.display()
+            )),
+            e => e.into(),
+        })?;
         disk.forget_cached();
     }
     let writable = disks.iter().filter(|disk| disk.is_writable());
