@@ -217,7 +217,7 @@ fn migration(memory: &[u8], checksum: Algorithm) -> f64 {
                 .and_then(|destination| destination.precopy(&mut observer))
                 .and_then(|destination| destination.stop_and_copy(&mut observer))
                 .and_then(|destination| destination.await_commit(&mut observer))
-                .and_then(destination::Destination::activate);
+                .and_then(|destination| destination.activate(&mut observer));
             assert!(activation.expect("activated").0 == memory, "another memory");
         });
         let mut observer = |_: &Progress| Flow::Continue;

@@ -76,7 +76,6 @@ pub struct Greeted(());
 pub struct Prepared<V> {
     pub(crate) guest: V,
     pub(crate) plan: Plan,
-    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug)]
@@ -90,6 +89,8 @@ pub(crate) struct Common {
     pub(crate) asked: Duration,
     /// When what is under way has to be over, whatever moves.
     deadline: Option<Duration>,
+    /// The source only looks, as it has said.
+    dry_run: bool,
 }
 
 /// A migration that won't happen here. The vacant guest is gone.
@@ -99,8 +100,19 @@ pub struct Ended {
     pub error: MigrateError,
     /// After `Ready`: what to answer a source in doubt. Keep it for a while.
     pub verdict: Option<Verdict>,
-    /// The source left after a dry run: nothing went wrong.
+    /// With a verdict: the source may be in doubt, and come back to ask. Not where it said that it keeps the guest, nor
+    /// where the observer cancelled and the source was told so.
+    pub in_doubt: bool,
+    /// It was a dry run: no guest would have come.
     pub dry_run: bool,
+}
+
+impl Ended {
+    /// Whether the source said itself that it leaves, as it does after a dry run.
+    #[must_use]
+    pub fn is_by_source(&self) -> bool {
+        matches!(self.error, MigrateError::Channel { source: ChannelError::Peer(..), .. })
+    }
 }
 
 /// What a new connection turned out to be.
@@ -128,7 +140,9 @@ pub fn accept(
     let progress = Progress::default();
     let deadline = Some(started + options.hello);
     let asked = started;
-    let mut common = Box::new(Common { channel, options, id, progress, started, asked, deadline });
+    let dry_run = false;
+    let mut common =
+        Box::new(Common { channel, options, id, progress, started, asked, deadline, dry_run });
     let opening = common.exchange(observer, |channel, wait| {
         channel.flush(wait)?;
         channel.recv_preamble(wait)?;
@@ -204,8 +218,7 @@ impl Common {
     pub(crate) fn refuse(&mut self, reasons: Vec<String>) -> Box<Ended> {
         let stage = self.progress.stage;
         self.tell(&Message::Refused(Reasons::new(reasons.clone())));
-        let error = MigrateError::Refused { stage, reasons };
-        Box::new(Ended { error, verdict: None, dry_run: false })
+        self.ended(MigrateError::Refused { stage, reasons })
     }
 
     /// Gives up, and says why unless it was the peer's own doing.
@@ -217,14 +230,20 @@ impl Common {
         if !gone {
             self.tell(&Message::Failed(Reasons::one(error.line())));
         }
-        Box::new(Ended { error, verdict: None, dry_run: false })
+        self.ended(error)
     }
 
-    pub(crate) fn tell(&mut self, message: &Message) {
+    /// An end before `Ready`.
+    fn ended(&self, error: MigrateError) -> Box<Ended> {
+        Box::new(Ended { error, verdict: None, in_doubt: false, dry_run: self.dry_run })
+    }
+
+    /// Gives whether the connection took it.
+    pub(crate) fn tell(&mut self, message: &Message) -> bool {
         let mut poll = || Flow::Continue;
         let mut wait = Wait::within(Duration::from_secs(1), self.channel.now(), &mut poll);
         // Who doesn't hear it sees the connection end.
-        let _ = self.channel.send(message, &mut wait);
+        self.channel.send(message, &mut wait).is_ok()
     }
 }
 
@@ -258,6 +277,7 @@ impl Destination<Greeted> {
         let common = &mut self.common;
         common.begin_within(common.options.reserve);
         let (reserve, lock_mark) = common.reserve_message(observer)?;
+        common.dry_run = reserve.dry_run;
         let example = common.sections(reserve.example_sections, observer)?;
         let came = common.channel.now();
         let faults = reserve.plan.faults();
@@ -289,7 +309,7 @@ impl Destination<Greeted> {
         let sent = common.exchange(observer, |channel, wait| channel.send(&accepted, wait));
         sent.map_err(|error| common.give_up(error))?;
         common.deadline = None;
-        let stage = Prepared { guest, plan: reserve.plan, dry_run: reserve.dry_run };
+        let stage = Prepared { guest, plan: reserve.plan };
         Ok(Destination { common: self.common, stage })
     }
 }

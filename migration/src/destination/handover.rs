@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Common, Destination, Ended};
-use crate::channel::{Flow, Wait};
+use crate::channel::{ChannelError, Flow, Wait};
 use crate::error::MigrateError;
 use crate::guest::{Active, SignWatch, Vacant};
 use crate::message::{self, Activated, FIRST_SIGN_US_MAX, FirstSign, Message, Reasons};
@@ -104,7 +104,8 @@ impl Farewell {
                 return;
             }
             if ago.is_some() {
-                return self.common.tell(&Message::FirstSign(FirstSign { after_us }));
+                self.common.tell(&Message::FirstSign(FirstSign { after_us }));
+                return;
             }
             self.common.channel.sleep(FIRST_SIGN_LOOK);
         }
@@ -147,8 +148,14 @@ impl Common {
     /// The guest never ran and never will. The source is told; it may not hear.
     pub(super) fn never_activated(&mut self, error: MigrateError) -> Box<Ended> {
         let verdict = Verdict::never_activated(self.id, error.line());
-        self.tell(&verdict.message());
-        Box::new(Ended { error, verdict: Some(verdict), dry_run: false })
+        let told = self.tell(&verdict.message());
+        let in_doubt = match &error {
+            // It said that it keeps the guest: no `Commit` comes from it, nor a question.
+            MigrateError::Channel { source: ChannelError::Peer(..), .. } => false,
+            error if error.is_cancelled() => !told,
+            _ => true,
+        };
+        Box::new(Ended { verdict: Some(verdict), in_doubt, ..*self.ended(error) })
     }
 }
 
@@ -156,11 +163,22 @@ impl<V: Vacant> Destination<Committed<V>> {
     /// Stage 5, activation: takes the disks, runs the guest, tells the source. That the source doesn't
     /// hear it changes nothing. Gives the guest, and what is left to do with the source.
     ///
+    /// The observer is asked once more before the guest runs, and may still cancel. It is asked again, in this stage and
+    /// without effect, once the guest runs and before the source hears of it: what came until then comes too late.
+    ///
     /// # Errors
-    /// The guest couldn't be activated; it is gone, and never ran. The source was told, so that it
-    /// resumes its own.
-    pub fn activate(self) -> Result<(V::Running, Farewell), Box<Ended>> {
+    /// The observer cancelled, or the guest couldn't be activated; it is gone, and never ran. The source was told, so
+    /// that it resumes its own.
+    pub fn activate(
+        self,
+        observer: &mut dyn Observer,
+    ) -> Result<(V::Running, Farewell), Box<Ended>> {
         let Destination { mut common, stage: Committed { guest, paused, read_at } } = self;
+        // Since the last pages nobody may have been asked: that happens only where something is waited for.
+        if let Err(error) = common.ask(observer) {
+            drop(guest);
+            return Err(common.never_activated(error));
+        }
         common.progress.stage = Stage::Activation;
         let Active { running, guest_stall_us, first_sign: sign } = match guest.activate(paused) {
             Ok(active) => active,
@@ -170,6 +188,8 @@ impl<V: Vacant> Destination<Committed<V>> {
             }
         };
         let activated_at = common.channel.now();
+        // Who cancels after this may know that the guest is here.
+        let _ = common.ask(observer);
         let activate_us = micros(activated_at - read_at);
         let activated = Activated { activate_us, guest_stall_us };
         let verdict = Verdict { id: common.id, answer: Ok(activated) };

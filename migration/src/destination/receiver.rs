@@ -37,7 +37,7 @@ impl<V: Vacant> Destination<Prepared<V>> {
     /// Whether the source only looks: it will leave, and nothing of its guest comes.
     #[must_use]
     pub fn is_dry_run(&self) -> bool {
-        self.stage.dry_run
+        self.common.dry_run
     }
 
     /// Stage 2, iterative pre-copy: takes pages until the source stops its guest.
@@ -49,19 +49,11 @@ impl<V: Vacant> Destination<Prepared<V>> {
         observer: &mut dyn Observer,
     ) -> Result<Destination<Copied<V>>, Box<Ended>> {
         self.common.progress.stage = Stage::PreCopy;
-        let Prepared { guest, plan, dry_run } = self.stage;
+        let Prepared { guest, plan } = self.stage;
         let mut memory = Arriving { guest, plan, written: PageSet::new() };
         match self.common.rounds(&mut memory, observer) {
             Ok(stop) => Ok(Destination { common: self.common, stage: Copied { memory, stop } }),
-            Err(mut ended) => {
-                // A dry run reserves, samples and leaves.
-                ended.dry_run = dry_run
-                    && matches!(
-                        &ended.error,
-                        MigrateError::Channel { source: ChannelError::Peer(..), .. }
-                    );
-                Err(ended)
-            }
+            Err(ended) => Err(ended),
         }
     }
 }
@@ -96,7 +88,7 @@ impl Common {
     }
 
     /// Whoever is to be asked, however busy the source is.
-    fn ask(&self, observer: &mut dyn Observer) -> Result<(), MigrateError> {
+    pub(super) fn ask(&self, observer: &mut dyn Observer) -> Result<(), MigrateError> {
         if observer.observe(&self.progress) == Flow::Cancel {
             let stage = self.progress.stage;
             return Err(MigrateError::Channel { stage, source: ChannelError::Cancelled });
@@ -228,7 +220,6 @@ impl Common {
     /// Gives up for reasons of this side.
     fn failed(&mut self, reasons: Vec<String>) -> Box<Ended> {
         self.tell(&Message::Failed(Reasons::new(reasons.clone())));
-        let error = MigrateError::Refused { stage: self.progress.stage, reasons };
-        Box::new(Ended { error, verdict: None, dry_run: false })
+        self.ended(MigrateError::Refused { stage: self.progress.stage, reasons })
     }
 }

@@ -141,7 +141,7 @@ pub(super) fn destination_over(
             .and_then(|destination| destination.precopy(observer))
             .and_then(|destination| destination.stop_and_copy(observer))
             .and_then(|destination| destination.await_commit(observer))
-            .and_then(destination::Destination::activate)
+            .and_then(|destination| destination.activate(observer))
             .map(|(_, mut farewell)| _ = farewell.source_knows())
             .map_err(|ended| Some(ended.error)),
         Ok(Opening::Question(question)) => {

@@ -41,6 +41,8 @@ pub struct Scenario {
     pub capacity: usize,
     /// The source's observer cancels when asked so often.
     pub cancel_at: Option<u64>,
+    /// The destination's, so often.
+    pub turn_away_at: Option<u64>,
     /// A source in doubt tries the locks at once, while the destination may still be at it.
     pub eager_locks: bool,
     /// What to do when the time is up.
@@ -240,7 +242,11 @@ fn destination_options(scenario: &Scenario) -> destination::Options {
 }
 
 fn destination_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> DestinationEnd {
-    let mut observer = |_: &Progress| Flow::Continue;
+    let mut asked = 0;
+    let mut observer = |_: &Progress| {
+        asked += 1;
+        if scenario.turn_away_at == Some(asked) { Flow::Cancel } else { Flow::Continue }
+    };
     let observer = &mut observer;
     let opening = destination::accept(channel(end), destination_options(scenario), observer);
     let destination = match opening {
@@ -253,7 +259,7 @@ fn destination_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> Desti
         .and_then(|destination| destination.precopy(observer))
         .and_then(|destination| destination.stop_and_copy(observer))
         .and_then(|destination| destination.await_commit(observer))
-        .and_then(destination::Destination::activate);
+        .and_then(|destination| destination.activate(observer));
     match ended {
         Ok((_, mut farewell)) => {
             if farewell.source_knows() {
@@ -261,7 +267,12 @@ fn destination_main(end: &End, mut host: FakeHost, scenario: &Scenario) -> Desti
             }
             vec![farewell.verdict]
         }
-        Err(ended) => ended.verdict.into_iter().collect(),
+        Err(ended) => {
+            let is_sure = ended.verdict.is_some() && !ended.in_doubt;
+            // A cancel may be told and not heard.
+            host.world.state().source_keeps |= is_sure && !ended.error.is_cancelled();
+            ended.verdict.into_iter().collect()
+        }
     }
 }
 
@@ -314,6 +325,12 @@ fn resolve(
     world: &World,
     scenario: &Scenario,
 ) -> Option<SourceEnd> {
+    if world.state().source_keeps {
+        world
+            .state()
+            .breaches
+            .push("in doubt, though the destination was sure that it would not be".to_owned());
+    }
     for fault in [scenario.second_fault, None] {
         let Some(verdicts) = verdicts else { break };
         let link = Link::new(world, fault, scenario.capacity.max(1), false);

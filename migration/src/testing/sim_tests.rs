@@ -206,6 +206,7 @@ fn anything_at_once() {
             crash: some(&mut random, 3).then(|| (sender(&mut random), 1 + random.below(200))),
             capacity: [13, 100, 5000, 1 << 20][(random.next() % 4) as usize],
             cancel_at: some(&mut random, 4).then(|| random.below(60)),
+            turn_away_at: some(&mut random, 8).then(|| random.below(60)),
             eager_locks: some(&mut random, 2),
             on_timeout: [OnTimeout::Abort, OnTimeout::StopAndCopy, OnTimeout::Throttle]
                 [(random.next() % 3) as usize],
@@ -232,6 +233,24 @@ fn cancelling_at_every_question_leaves_the_guest_running() {
         }
     }
     assert!(tally.count("stayed") > 20 && tally.count("moved") > 20, "{:?}", tally.0);
+}
+
+/// The destination's last question but one comes once `Commit` is read; the last finds the guest running, so that its
+/// answer comes too late.
+#[test]
+fn the_destination_cancels_until_the_guest_runs() {
+    let mut tally = Tally::default();
+    let endings: Vec<_> = (1..200)
+        .map(|at| {
+            let run = tally.run(&Scenario { turn_away_at: Some(at), ..base(9) });
+            let is_told = run.error.as_ref().is_some_and(|e| e.contains("cancelled"));
+            assert_eq!(run.ending == Ending::Stayed, is_told, "{at}: {:?}", run.error);
+            (run.ending, run.error.unwrap_or_default())
+        })
+        .collect();
+    let moved = endings.iter().position(|(ending, _)| *ending == Ending::Moved).expect("a move");
+    assert!(endings[moved..].iter().all(|(ending, _)| *ending == Ending::Moved), "{endings:?}");
+    assert!(endings[moved - 1].1.contains("commitment failed: cancelled"), "{endings:?}");
 }
 
 /// The downtime that a run tells, and of it the first sign.

@@ -23,6 +23,8 @@ pub struct State {
     crashed: [bool; 2],
     /// The destination has read `Commit` and not given the guest back.
     destination_owns: bool,
+    /// The destination knows that the source keeps the guest, and will not ask.
+    pub source_keeps: bool,
     /// The guest's owner crashed.
     pub owner_crashed: bool,
     lock: Option<usize>,
