@@ -56,8 +56,8 @@ fn in_pre_copy() -> (Vm, Client, Vm) {
     (source, client, destination)
 }
 
-/// The destination gives up with one line about it.
-fn check_gone(mut destination: Vm, words: &[&str]) {
+/// The destination gives up with one line about it. Gives all that it said.
+fn check_gone(mut destination: Vm, words: &[&str]) -> String {
     let (status, err) = destination.wait();
     assert_eq!(status, Some(1), "{err}");
     assert_eq!(destination.read_to_end(), b"", "no guest ran there");
@@ -65,6 +65,7 @@ fn check_gone(mut destination: Vm, words: &[&str]) {
     for name in ["vm.sock", "move.sock"] {
         assert!(!destination.place.path(name).exists(), "{name} is left behind");
     }
+    err
 }
 
 #[test]
@@ -178,7 +179,8 @@ fn while_it_migrates() {
         // To end the source's process is to cancel: the guest ends with it, not at the destination.
         source.signal(Signal::TERM);
         client.wait().check_failed(&["cancelled", "told to end"]);
-        check_gone(destination, &["cancelled"]);
+        let err = check_gone(destination, &["cancelled"]);
+        assert_eq!(err.matches("vmm: another source is refused").count(), 1, "{err}");
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vmm_migration::channel::Flow;
-use vmm_migration::report::Progress;
+use vmm_migration::report::{Progress, Stage};
 
 use super::Outcome;
 use super::progress::Display;
@@ -20,11 +21,13 @@ use crate::migrate::arriving::{Arrived, LocalHost, Overrides};
 use crate::migrate::incoming::{self, Arrival, Door};
 use crate::migrate::link::{LinkError, Listener};
 use crate::migrate::uri::Uri;
-use crate::migrate::verdicts::Verdicts;
+use crate::migrate::verdicts::{VERDICT_KEPT, Verdicts};
 use crate::signals;
 
 /// How long a signal is under way to the control thread.
 const UNDER_WAY: Duration = Duration::from_millis(100);
+/// What is said to who would have cancelled a move that is over.
+const TOO_LATE: &str = "too late to cancel the move: the guest is here, and runs on";
 
 /// Why no guest was taken in.
 #[derive(Debug, thiserror::Error)]
@@ -61,41 +64,27 @@ pub fn run(args: ListenArgs) -> Outcome {
     let door = Door::open(listener).map_err(ListenError::Start)?;
     let mut host = LocalHost { overrides, events: events.clone() };
     let mut verdicts = Verdicts::of_this_host();
-    let mut display = Display::new(json, "received");
-    if matches!(display, Display::Bar(_)) {
+    let mut watcher = Watcher {
+        display: Display::new(json, "received"),
+        inbox: &inbox,
+        refused: Arc::clone(&door.refused),
+        deferred: Vec::new(),
+        is_too_late: false,
+    };
+    if matches!(watcher.display, Display::Bar(_)) {
         log::print(&format!("waiting for a guest on {uri}"));
     }
-    let mut deferred = Vec::new();
-    let mut failure = None;
-    while let Some((caller, claim)) = door.next(&inbox) {
-        let mut observer = |progress: &Progress| {
-            display.show(&json!(progress));
-            match inbox.try_recv() {
-                Ok(Event::Signal(_) | Event::ConsoleQuit) => Flow::Cancel,
-                Ok(Event::Request { request, reply }) => answer(&request, reply, progress),
-                Ok(other) => {
-                    deferred.push(other);
-                    Flow::Continue
-                }
-                Err(_) => Flow::Continue,
-            }
-        };
+    // The last failure that leaves the source in doubt, and until when it is answered.
+    let (mut failure, mut until) = (None, None);
+    while let Some((caller, claim)) = door.next(&inbox, until) {
+        let mut observer = |progress: &Progress| watcher.look(progress);
         let arrival =
             incoming::take(caller, claim.as_ref(), &mut host, &mut verdicts, &mut observer);
-        display.clear();
+        watcher.display.clear();
         match arrival {
             Arrival::Taken(arrived, farewell) => {
                 door.say_farewell(farewell, verdicts, claim);
-                for event in deferred {
-                    // The control thread reads them next.
-                    let _ = events.send(event);
-                }
-                if !json {
-                    log::print(&here(arrived.vm.config()));
-                }
-                if arrived.console.begin() {
-                    forget_interrupts(&inbox, &events);
-                }
+                watcher.welcome(&arrived, &events, json);
                 return live(*arrived, &events, inbox);
             }
             Arrival::Failed { why, in_doubt } => {
@@ -104,7 +93,7 @@ pub fn run(args: ListenArgs) -> Outcome {
                 }
                 // The source may come back to ask; others may come with a guest.
                 log::print(&format!("the migration failed: {why}"));
-                failure = Some(why);
+                (failure, until) = (Some(why), Some(Instant::now() + VERDICT_KEPT));
             }
             // There is no other connection to wait for.
             Arrival::Stray(why) if uri == Uri::Stdio => return Err(ListenError::Failed(why).into()),
@@ -120,18 +109,89 @@ pub fn run(args: ListenArgs) -> Outcome {
     }
 }
 
-/// A Ctrl-C that came too late to cancel the move doesn't end the guest: the terminal is the guest's now, and no further one
-/// comes from there.
-fn forget_interrupts(inbox: &mpsc::Receiver<Event>, events: &mpsc::Sender<Event>) {
-    let until = Instant::now() + UNDER_WAY;
-    let mut others = Vec::new();
-    while let Ok(event) = inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
-        if !matches!(event, Event::Signal(libc::SIGINT)) {
-            others.push(event);
+/// Shows how a migration goes on, and hears who would end it.
+struct Watcher<'a> {
+    display: Display,
+    inbox: &'a mpsc::Receiver<Event>,
+    /// A second source came.
+    refused: Arc<AtomicBool>,
+    /// What is the control thread's, once the guest is here.
+    deferred: Vec<Event>,
+    /// Somebody would have cancelled when the guest ran already.
+    is_too_late: bool,
+}
+
+impl Watcher<'_> {
+    /// The observer of a migration. In its last stage the guest runs, and the source hears of it next: what was meant to
+    /// cancel the move doesn't end the guest.
+    fn look(&mut self, progress: &Progress) -> Flow {
+        let is_here = progress.stage == Stage::Activation;
+        if !is_here {
+            self.display.show(&json!(progress));
+        }
+        self.tell_refused();
+        for event in self.inbox.try_iter() {
+            let flow = match event {
+                Event::Signal(_) | Event::ConsoleQuit => Flow::Cancel,
+                Event::Request {
+                    request: Request::CancelMigration | Request::Stop { force: true },
+                    reply,
+                } if is_here => {
+                    reply.done(Err(ApiError::conflict(TOO_LATE)));
+                    Flow::Continue
+                }
+                Event::Request { request, reply } if !is_here => answer(&request, reply, progress),
+                other => {
+                    self.deferred.push(other);
+                    Flow::Continue
+                }
+            };
+            match flow {
+                Flow::Cancel if is_here => self.is_too_late = true,
+                Flow::Cancel => return Flow::Cancel,
+                Flow::Continue => {}
+            }
+        }
+        Flow::Continue
+    }
+
+    /// One line, however many they are at a time.
+    fn tell_refused(&mut self) {
+        if self.refused.swap(false, Ordering::SeqCst) {
+            self.display.clear();
+            log::print("another source is refused: a migration is under way here");
         }
     }
-    for event in others {
-        let _ = events.send(event);
+
+    /// The guest is here: it gets the console, and the control thread reads next what is for it.
+    fn welcome(mut self, arrived: &Arrived, events: &mpsc::Sender<Event>, json: bool) {
+        // A person who hasn't read yet that it is here would cancel. Whoever sends another signal knows by the source.
+        self.forget_interrupts(Duration::ZERO);
+        if !json {
+            log::print(&here(arrived.vm.config()));
+        }
+        if arrived.console.begin() {
+            // The terminal is the guest's now, and no further Ctrl-C comes from there.
+            self.forget_interrupts(UNDER_WAY);
+        }
+        if self.is_too_late {
+            log::print(TOO_LATE);
+        }
+        for event in self.deferred {
+            let _ = events.send(event);
+        }
+    }
+
+    /// A Ctrl-C that came too late to cancel the move doesn't end the guest. Waits so long for one.
+    fn forget_interrupts(&mut self, wait: Duration) {
+        let until = Instant::now() + wait;
+        let left = || until.saturating_duration_since(Instant::now());
+        while let Ok(event) = self.inbox.recv_timeout(left()) {
+            match event {
+                Event::Signal(libc::SIGINT) => self.is_too_late = true,
+                other => self.deferred.push(other),
+            }
+        }
     }
 }
 
@@ -155,8 +215,10 @@ fn answer(request: &Request, reply: Reply, progress: &Progress) -> Flow {
             reply.done(Ok(json!({})));
             return Flow::Cancel;
         }
-        // The client learns that it has ended.
-        Request::Stop { force: true } => return Flow::Cancel,
+        Request::Stop { force: true } => {
+            reply.done(Ok(json!({ "ended": "forced" })));
+            return Flow::Cancel;
+        }
         _ => reply.done(Err(ApiError::conflict(
             "the VM is arriving: wait until it is here, or cancel it (vmm migrate --cancel VM)",
         ))),
@@ -178,4 +240,61 @@ pub(super) fn live(
     drop(inbox);
     drop(server);
     Ok(run::status(&end?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Answer;
+
+    /// What a watcher makes of these events in a stage, and what it leaves to the control thread.
+    fn look(stage: Stage, events: Vec<Event>) -> (Flow, bool, Vec<Event>) {
+        let (sender, inbox) = mpsc::channel();
+        events.into_iter().for_each(|event| sender.send(event).unwrap());
+        let mut watcher = Watcher {
+            display: Display::Lines { stage: stage.to_string() },
+            inbox: &inbox,
+            refused: Arc::default(),
+            deferred: Vec::new(),
+            is_too_late: false,
+        };
+        let flow = watcher.look(&Progress { stage, ..Progress::default() });
+        (flow, watcher.is_too_late, watcher.deferred)
+    }
+
+    fn ask(request: Request) -> (Event, mpsc::Receiver<Answer>) {
+        let (reply, answers) = Reply::channel();
+        (Event::Request { request, reply }, answers)
+    }
+
+    #[test]
+    fn until_the_guest_runs_a_signal_cancels() {
+        for stage in [Stage::PreCopy, Stage::StopAndCopy, Stage::Commitment] {
+            let (request, answers) = ask(Request::Info);
+            let (flow, ..) = look(stage, vec![request, Event::Signal(libc::SIGTERM)]);
+            assert_eq!(flow, Flow::Cancel, "{stage}: though another event came first");
+            assert!(matches!(answers.try_recv(), Ok(Answer::Done(Ok(_)))));
+            let (request, answers) = ask(Request::Stop { force: true });
+            assert_eq!(look(stage, vec![request]).0, Flow::Cancel);
+            assert_eq!(answers.try_recv(), Ok(Answer::Done(Ok(json!({ "ended": "forced" })))));
+        }
+    }
+
+    #[test]
+    fn what_comes_too_late_to_cancel_does_not_end_the_guest() {
+        let (stop, stopped) = ask(Request::Stop { force: true });
+        let (cancel, cancelled) = ask(Request::CancelMigration);
+        let (info, informed) = ask(Request::Info);
+        let signals = [Event::Signal(libc::SIGTERM), Event::ConsoleQuit];
+        let events = [stop, cancel, info].into_iter().chain(signals).collect();
+        let (flow, is_too_late, deferred) = look(Stage::Activation, events);
+        assert_eq!((flow, is_too_late), (Flow::Continue, true));
+        for answers in [stopped, cancelled] {
+            let answer = answers.try_recv();
+            assert!(matches!(&answer, Ok(Answer::Done(Err(e))) if e.status == 409), "{answer:?}");
+        }
+        // What it says of itself, the guest's control thread says.
+        assert!(matches!(deferred[..], [Event::Request { request: Request::Info, .. }]));
+        assert!(informed.try_recv().is_err());
+    }
 }

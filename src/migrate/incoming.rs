@@ -1,8 +1,8 @@
 //! The destination: waits for a source, takes its guest, and answers a source that lost our answer.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use vmm_devices::serial::Serial;
@@ -48,7 +48,7 @@ pub enum Arrival {
         /// The source may be in doubt, and come back to ask.
         in_doubt: bool,
     },
-    /// It was no source, or one that speaks another protocol: why.
+    /// It was no source, or one that speaks another protocol, or the dry run of one that was refused: why.
     Stray(String),
     /// The source only looked (`--dry-run`), or came to ask.
     Nothing,
@@ -60,6 +60,8 @@ pub type Caller = Result<Opening, Box<Ended>>;
 /// Accepts connections on a thread of its own, and hears on one for each what it wants: a connection that says
 /// nothing keeps no source waiting, and a second source is refused at once. Dropping it ends the listening.
 pub struct Door {
+    /// A second source was refused; whoever says so unsets it.
+    pub refused: Arc<AtomicBool>,
     listener: Arc<Listener>,
     callers: Receiver<(Caller, Option<Claim>)>,
 }
@@ -107,26 +109,34 @@ impl Door {
     /// There can be no thread.
     pub fn open(listener: Listener) -> std::io::Result<Self> {
         let listener = Arc::new(listener);
-        let (give, callers) = mpsc::channel();
-        let listening = Arc::clone(&listener);
+        let (give, callers) = mpsc::sync_channel(GREETED_MAX);
+        let refused = Arc::new(AtomicBool::new(false));
+        let (listening, told) = (Arc::clone(&listener), Arc::clone(&refused));
         std::thread::Builder::new()
             .name("listen".to_owned())
-            .spawn(move || accept_all(&listening, &give))?;
-        Ok(Self { listener, callers })
+            .spawn(move || accept_all(&listening, &told, &give))?;
+        Ok(Self { refused, listener, callers })
     }
 
-    /// Waits for the next caller, until an event says to end. `None`: the end. No other source is let in
-    /// before the claim is dropped.
+    /// Waits for the next caller, until an event says to end, or to that time. `None`: the end. No other source is let
+    /// in before the claim is dropped.
     #[must_use]
-    pub fn next(&self, events: &Receiver<Event>) -> Option<(Caller, Option<Claim>)> {
+    pub fn next(
+        &self,
+        events: &Receiver<Event>,
+        until: Option<Instant>,
+    ) -> Option<(Caller, Option<Claim>)> {
         loop {
+            // However many callers there are.
+            let is_told = |event| matches!(event, Event::Signal(_) | Event::ConsoleQuit);
+            if events.try_iter().any(is_told) || until.is_some_and(|until| Instant::now() >= until)
+            {
+                return None;
+            }
             match self.callers.recv_timeout(LOOK) {
                 Ok(caller) => return Some(caller),
                 Err(mpsc::RecvTimeoutError::Disconnected) => return None,
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
-            }
-            if let Ok(Event::Signal(_) | Event::ConsoleQuit) = events.try_recv() {
-                return None;
             }
         }
     }
@@ -175,7 +185,11 @@ impl Drop for Door {
 }
 
 /// Never waits for anybody but the next connection: each has a thread of its own, up to a number.
-fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
+fn accept_all(
+    listener: &Listener,
+    refused: &Arc<AtomicBool>,
+    give: &SyncSender<(Caller, Option<Claim>)>,
+) {
     let place = Arc::new(AtomicU8::new(FREE));
     let greeted = Arc::new(());
     loop {
@@ -187,9 +201,10 @@ fn accept_all(listener: &Listener, give: &Sender<(Caller, Option<Claim>)>) {
                     continue;
                 }
                 let (place, give, one) = (Arc::clone(&place), give.clone(), Arc::clone(&greeted));
+                let refused = Arc::clone(refused);
                 let greet = move || {
                     if others < GREETED_MAX {
-                        greet(channel, &place, &give);
+                        greet(channel, &place, &refused, &give);
                     } else {
                         destination::refuse(channel, CROWD);
                     }
@@ -220,13 +235,21 @@ fn reads() -> Reads {
 }
 
 /// Hears what a connection wants, and lets it in unless another has come first.
-fn greet(channel: Channel, place: &Arc<AtomicU8>, give: &Sender<(Caller, Option<Claim>)>) {
+fn greet(
+    channel: Channel,
+    place: &Arc<AtomicU8>,
+    refused: &AtomicBool,
+    give: &SyncSender<(Caller, Option<Claim>)>,
+) {
     let mut observer = |_: &Progress| Flow::Continue;
     let options = Options { reads: reads(), ..Options::new(software()) };
     let caller = destination::accept(channel, options, &mut observer);
     let claim = if caller.is_ok() { Claim::stake(place) } else { None };
     match caller {
-        Ok(Opening::Migrate(destination)) if claim.is_none() => destination.refuse(BUSY),
+        Ok(Opening::Migrate(destination)) if claim.is_none() => {
+            refused.store(true, Ordering::SeqCst);
+            destination.refuse(BUSY);
+        }
         Ok(Opening::Question(question)) if claim.is_none() => {
             // What is kept in files can be told meanwhile. For the rest it asks again.
             let verdicts = Verdicts::of_this_host();
@@ -234,6 +257,8 @@ fn greet(channel: Channel, place: &Arc<AtomicU8>, give: &Sender<(Caller, Option<
                 answer_question(question, &verdicts);
             }
         }
+        // While a guest comes nobody hears of those that bring none, and they may be many.
+        caller @ Err(_) => drop(give.try_send((caller, claim))),
         // Nobody waits for callers any more: the connection ends.
         caller => drop(give.send((caller, claim))),
     }
@@ -258,16 +283,19 @@ pub fn take(
     };
     match receive(destination, claim, host, observer) {
         Ok(arrival) => arrival,
-        Err(ended) if ended.dry_run => Arrival::Nothing,
         Err(ended) => {
             if let Some(verdict) = &ended.verdict {
                 verdicts.keep(verdict);
+            }
+            if ended.dry_run && !ended.error.is_cancelled() {
+                let is_over = ended.is_by_source();
+                return if is_over { Arrival::Nothing } else { Arrival::Stray(ended.error.line()) };
             }
             let mut why = ended.error.line();
             if ended.error.is_lost_connection() {
                 why.push_str(GUEST_IS_GONE);
             }
-            Arrival::Failed { why, in_doubt: ended.verdict.is_some() }
+            Arrival::Failed { why, in_doubt: ended.in_doubt }
         }
     }
 }
@@ -289,6 +317,6 @@ fn receive(
         claim.keep();
     }
     let destination = destination.precopy(observer)?.stop_and_copy(observer)?;
-    let (arrived, farewell) = destination.await_commit(observer)?.activate()?;
+    let (arrived, farewell) = destination.await_commit(observer)?.activate(observer)?;
     Ok(Arrival::Taken(Box::new(arrived), farewell))
 }
