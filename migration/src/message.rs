@@ -77,7 +77,7 @@ pub struct Accepted {
     /// The destination sees the locks that the source holds on the writable disks, and there is at
     /// least one: the locks can decide a migration in doubt.
     pub locks_seen: bool,
-    /// What doesn't stand in the way but should be known.
+    /// What doesn't stand in the way but should be known; one line each, as of [`Reasons`].
     pub warnings: Vec<String>,
 }
 
@@ -315,7 +315,11 @@ impl Message {
             record::LOCK_MARK => Self::LockMark(unpack(kind, body)?),
             record::RESERVE => Self::Reserve(unpack(kind, body)?),
             record::SECTION => Self::Section(wire::decode_section(body)?),
-            record::ACCEPTED => Self::Accepted(unpack(kind, body)?),
+            record::ACCEPTED => {
+                let accepted: Accepted = unpack(kind, body)?;
+                let Reasons { reasons: warnings } = Reasons::new(accepted.warnings);
+                Self::Accepted(Accepted { warnings, ..accepted })
+            }
             record::REFUSED => Self::Refused(reasons(kind, body)?),
             record::PING => match body.split_first_chunk() {
                 Some((token, padding)) => Self::Ping(u64::from_le_bytes(*token), padding.len()),
@@ -368,7 +372,7 @@ pub(crate) fn unpack<T: DeserializeOwned>(kind: u32, body: &[u8]) -> Result<T, W
     }
 }
 
-/// Reasons come from a peer and go to a terminal: cut and cleaned again.
+/// Reasons, and warnings too, come from a peer and go to a terminal: cut and cleaned again.
 fn reasons(kind: u32, body: &[u8]) -> Result<Reasons, WireError> {
     let Reasons { reasons } = unpack(kind, body)?;
     Ok(Reasons::new(reasons))

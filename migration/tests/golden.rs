@@ -256,6 +256,36 @@ fn plans_that_cannot_be_are_refused() {
 }
 
 #[test]
+fn what_a_peer_says_to_the_operator_can_do_nothing_to_a_terminal() {
+    let hostile = vec!["\x1b]0;title\x07\u{9b}2J\r\n".repeat(100); 100];
+    let reasons = Reasons { reasons: hostile.clone() };
+    let accepted = Accepted { warnings: hostile, ..Accepted::default() };
+    for message in [
+        Message::Accepted(accepted),
+        Message::Refused(reasons.clone()),
+        Message::NeverActivated(reasons.clone()),
+        Message::Failed(reasons.clone()),
+        Message::Cancel(reasons),
+    ] {
+        let lines = match Message::parse(message.kind(), &message.body()) {
+            Ok(Message::Accepted(Accepted { warnings, .. })) => warnings,
+            Ok(
+                Message::Refused(m)
+                | Message::NeverActivated(m)
+                | Message::Failed(m)
+                | Message::Cancel(m),
+            ) => m.reasons,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(lines.len(), REASONS_MAX);
+        for line in lines {
+            assert!(line.len() <= REASON_LEN_MAX && line.starts_with(" ]0;title"), "{line:?}");
+            assert!(!line.contains(char::is_control), "{line:?}");
+        }
+    }
+}
+
+#[test]
 fn an_unknown_type_is_an_error() {
     let unknown = Message::parse(0x1234, &[]).unwrap_err();
     assert!(matches!(unknown, WireError::UnknownRecord { kind: 0x1234 }));
