@@ -24,11 +24,10 @@ impl Source<Connected> {
     /// # Errors
     /// No answer, no common protocol, or the destination refuses; no guest is concerned.
     pub fn connect(
-        mut channel: Channel,
+        channel: Channel,
         options: Options,
         observer: &mut dyn Observer,
     ) -> Result<Self, MigrateError> {
-        channel.set_bandwidth(options.bandwidth);
         let started = channel.now();
         let report = Report { id: options.id.to_string(), ..Report::default() };
         let progress = Progress::default();
@@ -168,6 +167,8 @@ impl Common {
         })?;
         let Message::Reserve(reserve) = reserve else { unreachable!("made above") };
         let round_trip = self.round_trip(observer)?;
+        // Only what follows is of any size. What went before isn't paid for: pings have no time to wait for it.
+        self.channel.set_bandwidth(self.options.bandwidth);
         self.report.round_trip_us = micros(round_trip);
         self.report.warnings.clone_from(&accepted.warnings);
         self.report.trial_restore_us = accepted.trial_restore_us;

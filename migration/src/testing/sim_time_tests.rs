@@ -64,6 +64,15 @@ fn a_destination_that_takes_a_byte_now_and_then_does_not_hold_the_source() {
     }
 }
 
+/// Its example alone would take longer by the cap than a ping may take.
+#[test]
+fn a_guest_with_much_state_moves_under_a_low_cap() {
+    let habits = Habits { state_bytes: 900_000, ..base(22).habits };
+    let scenario = Scenario { habits, bandwidth: Some(125_000), ..base(22) };
+    let run = Tally::default().run(&scenario);
+    assert_eq!(run.ending, Ending::Moved, "{:?}", run.error);
+}
+
 #[test]
 fn a_dry_run_forecasts_and_moves_nothing() {
     let slice = Some(Duration::from_millis(1));
