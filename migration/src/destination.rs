@@ -4,7 +4,7 @@
 //! [`Destination::await_commit`] → [`Destination::activate`]. Each stage owns the vacant guest; dropping any of them
 //! before activation leaves nothing behind and the disks untouched.
 //!
-//! Invariant: the guest is activated iff the whole `Commit` was read. Whatever ended otherwise after
+//! Invariant: the guest is activated only if the whole `Commit` was read. Whatever ended otherwise after
 //! `Ready` leaves a [`Verdict`], with which the listener answers a source in doubt.
 
 use std::time::Duration;

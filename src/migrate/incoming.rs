@@ -320,3 +320,7 @@ fn receive(
     let (arrived, farewell) = destination.await_commit(observer)?.activate(observer)?;
     Ok(Arrival::Taken(Box::new(arrived), farewell))
 }
+
+#[cfg(test)]
+#[path = "incoming_tests.rs"]
+mod tests;
