@@ -4,16 +4,24 @@
 //! that lengthens the stall which it sees. `KVM_PRE_FAULT_MEMORY` (KVM API 4.143; Linux 6.11, two-dimensional
 //! paging only) takes these faults ahead. It is a help, not a need: where it isn't, nothing is done.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::arch::vcpu_ioctl;
 use crate::machine::Machine;
+use crate::memory::Memory;
 
 /// Bytes asked for at a time: what the guest's last state may have to wait for.
 const PIECE: u64 = 2 << 20;
+
+/// How long at most what was touched is looked for, and in how much memory at a time: where it lies scattered over pages of
+/// 4 KiB, some 10 ms.
+const LOOK_TIME: Duration = Duration::from_millis(50);
+const WINDOW: u64 = 64 << 20;
 
 /// The thread that maps. Dropping it ends and joins the thread.
 #[derive(Debug)]
@@ -23,17 +31,11 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Starts to map what was touched of the machine's RAM. `None`: it can't be, for a reason that is logged.
+    /// Starts to map what was touched of the machine's RAM, all but what would take long to find. `None`: it can't be, for a reason that is logged.
     #[must_use]
     pub fn start(machine: &Machine) -> Option<Self> {
         let start = || {
-            let memory = &machine.core.memory;
-            let mut pieces = Vec::new();
-            for slot in memory.slots() {
-                memory.touched(slot, 0, slot.len, |offset, len| {
-                    pieces.push((slot.start + offset, len));
-                })?;
-            }
+            let pieces = touched(&machine.core.memory)?;
             let vcpu = machine.vcpus.first().expect("a machine has a vCPU");
             let vcpu = vcpu_ioctl::duplicate(vcpu.fd())?;
             let end = Arc::new(AtomicBool::new(false));
@@ -43,7 +45,7 @@ impl Mapping {
             Ok(Self { end, thread: Some(thread) })
         };
         start()
-            .inspect_err(|e: &std::io::Error| tracing::debug!("RAM isn't mapped ahead: {e}"))
+            .inspect_err(|e: &io::Error| tracing::debug!("RAM isn't mapped ahead: {e}"))
             .ok()
     }
 }
@@ -55,6 +57,20 @@ impl Drop for Mapping {
             let _ = thread.join();
         }
     }
+}
+
+/// Addresses and lengths of what was touched, as far as they are found in [`LOOK_TIME`]: the source waits.
+fn touched(memory: &Memory) -> io::Result<Vec<(u64, u64)>> {
+    let (until, mut pieces) = (Instant::now() + LOOK_TIME, Vec::new());
+    for slot in memory.slots() {
+        let mut at = 0;
+        while at < slot.len && Instant::now() < until {
+            let len = WINDOW.min(slot.len - at);
+            memory.touched(slot, at, len, |at, len| pieces.push((slot.start + at, len)))?;
+            at += len;
+        }
+    }
+    Ok(pieces)
 }
 
 fn map(vcpu: &OwnedFd, pieces: &[(u64, u64)], ended: &AtomicBool) {
