@@ -190,8 +190,10 @@ fn source_stopped(kind: u32, stage: &str) {
         let socket = destination.place.path("vm.sock");
         until("gives up", || !socket.exists());
     });
-    assert_eq!((answer.status, answer.out.as_str()), (Some(1), ""), "{answer:?}");
-    check_last_line(&answer.err, &["the destination"]);
+    answer.check_failed(&[]);
+    // Or it was stopped while it flushed its disk, and finds that its time for that is over.
+    let words = ["the destination", "the flush goes on after 3"];
+    assert!(words.iter().any(|words| answer.err.contains(words)), "{answer:?}");
     stays(source);
     let err = gives_up(&mut destination);
     assert!(err.contains(stage), "{err}");
