@@ -262,10 +262,13 @@ impl Halted for HaltedGuest {
             }
             if changes == Changes::Matter
                 && let Some(Some(before)) = self.released.get(i)
-                && disk.fingerprint()? != *before
             {
-                release();
-                return Ok(Locks::Changed);
+                // A lock that is kept while it isn't known who has the guest would keep it from whoever has.
+                let now = disk.fingerprint().inspect_err(|_| release())?;
+                if now != *before {
+                    release();
+                    return Ok(Locks::Changed);
+                }
             }
         }
         Ok(Locks::Taken)

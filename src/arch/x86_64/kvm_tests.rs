@@ -197,6 +197,19 @@ fn a_refused_msr_that_the_guest_needs_is_an_error() {
 }
 
 #[test]
+fn an_msr_that_is_not_here_is_no_need_if_it_is_zero() {
+    let Some(kvm) = kvm() else { return };
+    let vm = Vm::new(&kvm, 1);
+    let mut state = vm.save(0);
+    // KVM knows none of this number.
+    state.msrs.push((0x1234_5678, 0));
+    assert_eq!(vcpu_state::restore(&vm.vcpus[0], &state).unwrap(), []);
+    state.msrs.push((0x1234_5678, 1));
+    let refused = vcpu_state::restore(&vm.vcpus[0], &state).unwrap_err();
+    assert!(refused.to_string().contains("0x12345678 = 0x1"), "{refused}");
+}
+
+#[test]
 fn a_refused_msr_that_the_guest_can_spare_is_told() {
     let Some(kvm) = kvm() else { return };
     let vm = Vm::new(&kvm, 1);

@@ -182,7 +182,8 @@ pub fn save(vcpu: &VcpuFd, plan: &MsrPlan) -> Result<Vec<(u32, u64)>, kvm_ioctls
 }
 
 /// Sets MSRs in the given order. Returns those that KVM refused; one that already has its value counts
-/// as set.
+/// as set, and so does one of zero that isn't there at all: a KVM reads as zero what its CPU has and the guest's doesn't,
+/// and another host's CPU need not have it.
 ///
 /// # Errors
 /// KVM's.
@@ -197,7 +198,7 @@ pub fn restore(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<Vec<Refused>, kvm_i
         rest = &rest[set..];
         if set < chunk.len() {
             let (index, value) = rest[0];
-            if get(vcpu, index)? != Some(value) {
+            if get(vcpu, index)?.unwrap_or(0) != value {
                 refused.push(Refused { index, value });
             }
             rest = &rest[1..];
