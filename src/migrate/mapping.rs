@@ -44,9 +44,7 @@ impl Mapping {
             let thread = thread.spawn(move || map(&vcpu, &pieces, &ended))?;
             Ok(Self { end, thread: Some(thread) })
         };
-        start()
-            .inspect_err(|e: &io::Error| tracing::debug!("RAM isn't mapped ahead: {e}"))
-            .ok()
+        start().inspect_err(|e: &io::Error| tracing::debug!("RAM isn't mapped ahead: {e}")).ok()
     }
 }
 
