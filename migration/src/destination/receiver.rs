@@ -51,10 +51,8 @@ impl<V: Vacant> Destination<Prepared<V>> {
         self.common.progress.stage = Stage::PreCopy;
         let Prepared { guest, plan } = self.stage;
         let mut memory = Arriving { guest, plan, written: PageSet::new() };
-        match self.common.rounds(&mut memory, observer) {
-            Ok(stop) => Ok(Destination { common: self.common, stage: Copied { memory, stop } }),
-            Err(ended) => Err(ended),
-        }
+        let stop = self.common.rounds(&mut memory, observer)?;
+        Ok(Destination { common: self.common, stage: Copied { memory, stop } })
     }
 }
 
