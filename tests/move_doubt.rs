@@ -4,7 +4,6 @@
 mod support;
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::fd::OwnedFd;
@@ -64,18 +63,8 @@ fn in_doubt(options: &[&str], kind: u32, then: Then) -> Scene {
 fn in_doubt_before_a_full_queue() -> (Scene, Vec<OwnedFd>) {
     let scene = in_doubt(&[], COMMIT, Then::Stopped);
     let queued = fill(&scene.destination.place.path("move.sock"));
-    until("connects", || has_thread(&scene.source, "connect"));
+    until("connects", || scene.source.has_thread("connect"));
     (scene, queued)
-}
-
-/// The threads of a VM by this name.
-fn has_thread(vm: &Vm, name: &str) -> bool {
-    let tasks = PathBuf::from(format!("/proc/{}/task", vm.info()["pid"]));
-    let mut names = std::fs::read_dir(tasks)
-        .unwrap()
-        .flatten()
-        .map(|task| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default());
-    names.any(|found| found.trim() == name)
 }
 
 /// Asks a destination that takes the connection and says nothing, for all the test knows.

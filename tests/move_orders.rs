@@ -21,12 +21,7 @@ fn who_wants_a_guest_stopped_hears_that_it_has_gone() {
     stop.args(["stop", "--timeout", "10m"]).arg(source.place.path("vm.sock"));
     stop.stdin(Stdio::null()).stderr(Stdio::piped()).env_remove("VMM_LOG");
     let stop = stop.spawn().unwrap();
-    let tasks = format!("/proc/{}/task", source.info()["pid"]);
-    until("asks", || {
-        let names = std::fs::read_dir(&tasks).unwrap().flatten();
-        let mut names = names.map(|task| std::fs::read_to_string(task.path().join("comm")));
-        names.any(|name| name.is_ok_and(|name| name == "api-client\n"))
-    });
+    until("asks", || source.has_thread("api-client"));
     // By now it has been heard.
     source.tell(&["info"]);
     let (mut destination, uri) = Vm::listen(&[]);

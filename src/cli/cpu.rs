@@ -15,8 +15,9 @@ usage: vmm cpu
        vmm cpu --common A B...
 
 Prints a CPU model as JSON: the features that this host's CPU and KVM offer a guest, and the bits of its physical
-addresses; or with --common what the models in files A, B and so on all have. A VM that runs with such a model (vmm run --cpu-model FILE)
-can move between all of these hosts, if they are of one vendor and their TSCs run alike or scale.
+addresses; or with --common what the models in files A, B and so on all have. A VM that runs with such a model
+(vmm run --cpu-model FILE) can move between all of these hosts, if they are of one vendor and their TSCs run
+alike or scale.
 
 example: vmm cpu > a.json           (on each host)
          vmm cpu --common a.json b.json > common.json

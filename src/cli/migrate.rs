@@ -171,8 +171,8 @@ impl Raw {
         }
         if self.connect.is_none() {
             // Who adds --dry-run must not be obeyed in earnest.
-            let none_s = self.connect_only.as_deref().or(self.json.then_some("json"));
-            if let Some(option) = none_s {
+            let stray = self.connect_only.as_deref().or(self.json.then_some("json"));
+            if let Some(option) = stray {
                 return Err(usage(format!("--{option} goes with neither --cancel nor --resolve")));
             }
         }

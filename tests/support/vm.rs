@@ -199,6 +199,13 @@ impl Vm {
         }
     }
 
+    /// Whether its process has a thread of this name.
+    pub fn has_thread(&self, name: &str) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().flatten();
+        let mut names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")));
+        names.any(|found| found.is_ok_and(|found| found.trim() == name))
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).unwrap();

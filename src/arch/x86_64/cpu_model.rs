@@ -317,7 +317,7 @@ pub fn apply(choice: &CpuModel, host: &CpuId, ram_last: u64) -> Result<CpuId, Mo
         CpuModel::File(path) => Model::load(path)?.apply(host)?,
     };
     let [bits, _] = address_bits(guest.as_slice());
-    // A host that doesn't tell has 36.
+    // A host that tells no bits isn't held to any.
     if bits != 0 && ram_last.checked_shr(bits.into()).is_some_and(|beyond| beyond > 0) {
         return Err(ModelError::Narrow { model: choice.to_string(), bits, last: ram_last });
     }
