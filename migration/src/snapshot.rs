@@ -25,6 +25,7 @@ mod partial;
 mod rounds;
 mod save;
 mod storage;
+mod sums;
 
 pub use save::{NotSaved, Saved, save};
 pub use storage::{Step, Storage};

@@ -64,6 +64,10 @@ pub fn write(
 struct OnAThread;
 
 impl Storage for OnAThread {
+    fn beside(&mut self, work: Box<dyn FnOnce() + Send>) -> bool {
+        std::thread::Builder::new().name("sums".to_owned()).spawn(work).is_ok()
+    }
+
     fn take(&mut self, step: Step, poll: &mut dyn FnMut() -> Flow) -> io::Result<Flow> {
         match aside("sync", move || step.take(), poll)? {
             Some(taken) => taken.map(|()| Flow::Continue),

@@ -1,6 +1,6 @@
 //! A snapshot's two files while they are written: pages go in, checksums come out, and the name comes last.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::partial::{Partial, create_private, parent_of};
 use super::rounds::{Bounds, Written};
 use super::storage::{Step, Storage};
+use super::sums::Sums;
 use super::{BLOCK_LEN, Header, MEMORY_FILE, STATE_FILE, SnapshotError};
 use super::{encode_state, file_error, memory_offset};
 use crate::channel::Flow;
@@ -25,7 +26,7 @@ pub(super) struct Files {
     pub(super) ram: Space,
     /// Pages of `memory` that hold something, or did.
     written: PageSet,
-    sums: BTreeMap<u32, u32>,
+    sums: Sums,
     /// Blocks written in pieces, whose checksums are to be made.
     stale: BTreeSet<u32>,
     buffer: Vec<u8>,
@@ -35,7 +36,11 @@ pub(super) struct Files {
 
 impl Files {
     /// Makes them, empty.
-    pub(super) fn create(dir: &Path, header: &Header) -> Result<Self, SnapshotError> {
+    pub(super) fn create(
+        dir: &Path,
+        header: &Header,
+        storage: &mut dyn Storage,
+    ) -> Result<Self, SnapshotError> {
         if dir.symlink_metadata().is_ok() {
             return Err(SnapshotError::Exists(dir.display().to_string()));
         }
@@ -44,7 +49,7 @@ impl Files {
         let files = Self {
             partial: Partial::create(dir, header.id)?,
             written: PageSet::new(),
-            sums: BTreeMap::new(),
+            sums: Sums::new(storage),
             stale: BTreeSet::new(),
             buffer: vec![0; BLOCK_LEN],
             began: Instant::now(),
@@ -88,7 +93,11 @@ impl Files {
                     .map_err(|source| SnapshotError::Guest { doing: "reading memory", source })
                     .and_then(|()| self.write(piece, offset, &buffer[..len]));
                 self.buffer = buffer;
-                sum.add(start.elapsed(), result?, piece.count());
+                let kept = result?;
+                if kept > 0 {
+                    self.sum(offset, len)?;
+                }
+                sum.add(start.elapsed(), kept, piece.count());
                 self.progress.pages_left -= piece.count();
                 self.progress.bytes += piece.bytes();
                 self.look(observer)?;
@@ -121,8 +130,6 @@ impl Files {
 
     /// Writes a piece of one block, leaving holes where it is zero and always was. Gives how many pages were written.
     fn write(&mut self, run: Run, offset: u64, bytes: &[u8]) -> Result<u64, SnapshotError> {
-        let block = u32::try_from(offset / BLOCK_LEN as u64)
-            .map_err(|_| SnapshotError::Damaged("RAM of over 4 PiB".to_owned()))?;
         let zero = |page: &Run| is_zero(&bytes[index(run, *page)..][..PAGE_SIZE]);
         let keep = |page: &Run| !zero(page) || self.written.contains(page.first());
         let kept: PageSet = run.pieces(1).filter(keep).collect();
@@ -133,13 +140,20 @@ impl Files {
             written.map_err(|source| file_error("write", &self.path(), source))?;
             self.written.insert(piece);
         }
-        if bytes.len() == BLOCK_LEN && !kept.is_empty() {
+        Ok(kept.len())
+    }
+
+    /// Sees to the checksum of a block, `len` bytes of which are in the buffer and were written at `offset`.
+    fn sum(&mut self, offset: u64, len: usize) -> Result<(), SnapshotError> {
+        let block = u32::try_from(offset / BLOCK_LEN as u64)
+            .map_err(|_| SnapshotError::Damaged("RAM of over 4 PiB".to_owned()))?;
+        if len == BLOCK_LEN {
             self.stale.remove(&block);
-            self.sums.insert(block, crc32fast::hash(bytes));
-        } else if !kept.is_empty() {
+            self.buffer = self.sums.take(block, std::mem::take(&mut self.buffer));
+        } else {
             self.stale.insert(block);
         }
-        Ok(kept.len())
+        Ok(())
     }
 
     /// Makes durable what was written of `memory` so far; no longer than the time allows.
@@ -181,7 +195,7 @@ impl Files {
         let path = self.partial.path.join(STATE_FILE);
         let failed = |source| file_error("write", &path, source);
         let file = create_private(&path).map_err(failed)?;
-        let bytes = encode_state(header, sections, paused, &self.sums);
+        let bytes = encode_state(header, sections, paused, self.sums.all());
         let again = file.try_clone().map_err(failed)?;
         let write = Step::Write { file, path: path.clone(), bytes };
         self.take(write, "write", None, storage, observer)?;
@@ -208,7 +222,7 @@ impl Files {
             let len = usize::try_from((total - offset).min(BLOCK_LEN as u64)).expect("1 MiB");
             let read = self.partial.memory.read_exact_at(&mut self.buffer[..len], offset);
             read.map_err(|source| file_error("read", &self.path(), source))?;
-            self.sums.insert(block, crc32fast::hash(&self.buffer[..len]));
+            self.sums.all().insert(block, crc32fast::hash(&self.buffer[..len]));
             self.look(observer)?;
         }
         Ok(())

@@ -61,7 +61,7 @@ pub fn save<L: Live>(
             return not_saved(Ok(guest), error);
         }
     }
-    let mut files = match Files::create(dir, &header) {
+    let mut files = match Files::create(dir, &header, storage) {
         Ok(files) => files,
         Err(error) => return not_saved(Ok(guest), error),
     };

@@ -48,8 +48,15 @@ impl Step {
     }
 }
 
-/// Takes a snapshot's last steps, and looks up meanwhile.
+/// Takes a snapshot's last steps, and looks up meanwhile; and has threads, which this crate has not.
 pub trait Storage {
+    /// Does `work`, which ends by itself once the snapshot is written or given up, on a thread of its own. `false`: there is none,
+    /// and the work was not begun.
+    fn beside(&mut self, work: Box<dyn FnOnce() + Send>) -> bool {
+        drop(work);
+        false
+    }
+
     /// Takes a step: best on a thread of its own, since nobody can tell how long storage takes, nor stop it. `poll` is asked
     /// about every 100 ms and cancels the wait: the step is left to itself.
     ///
