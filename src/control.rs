@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -12,6 +13,7 @@ use crate::console::Console;
 use crate::event::{ApiError, Event, GuestExit, MigrateRequest, Reply, Request, VcpuError};
 use crate::machine::{Machine, MachineError, Origin};
 use crate::moving::{Moved, Mover};
+use crate::resting::{self, END_PATIENCE};
 use crate::running::Running;
 use crate::vm::Vm;
 
@@ -112,7 +114,7 @@ impl Control<'_> {
         match event {
             Event::Guest(exit) => self.guest_exit(vm, exit),
             Event::Vcpu { index, error } => {
-                drop(vm.stop());
+                drop(self.bring_home(vm, Some(END_PATIENCE)));
                 Next::End(Err(ControlError::Vcpu { index, error }))
             }
             Event::Signal(signal) => self.end(vm, format!("ended by signal {signal}")),
@@ -123,7 +125,10 @@ impl Control<'_> {
 
     /// The guest ended itself: the machine comes to rest, and perhaps starts anew.
     fn guest_exit(&mut self, vm: Vm, exit: GuestExit) -> Next {
-        let machine = vm.stop();
+        let Some(machine) = self.bring_home(vm, None) else {
+            self.answer_stopping(&Ok(json!({ "ended": exit })));
+            return Next::End(Ok(End::Guest(exit)));
+        };
         let exit = match exit {
             GuestExit::Reset if machine.reset_by_panic() => GuestExit::Panic,
             other => other,
@@ -134,7 +139,7 @@ impl Control<'_> {
             && self.stopping.is_empty()
             && machine.config().on_reboot == OnReboot::Reset;
         if !again {
-            self.answer_stopping(json!({ "ended": exit }));
+            self.answer_stopping(&Ok(json!({ "ended": exit })));
             return Next::End(Ok(End::Guest(exit)));
         }
         let config = machine.config().clone();
@@ -156,15 +161,30 @@ impl Control<'_> {
     }
 
     fn end(&mut self, vm: Vm, why: String) -> Next {
-        drop(vm.stop());
-        self.answer_stopping(json!({ "ended": "forced" }));
+        drop(self.bring_home(vm, Some(END_PATIENCE)));
+        self.answer_stopping(&Ok(json!({ "ended": "forced" })));
         Next::End(Ok(End::Stopped(why)))
     }
 
-    fn answer_stopping(&mut self, value: Value) {
+    fn bring_home(&mut self, vm: Vm, patience: Option<Duration>) -> Option<Machine> {
+        resting::bring_home(vm, self.inbox, &mut self.deferred, patience)
+    }
+
+    /// What becomes of the VM, for those who want it stopped: also those who came since this began.
+    fn answer_stopping(&mut self, answer: &Result<Value, ApiError>) {
+        self.stopping.extend(self.deferred.drain(..).filter_map(|event| match event {
+            Event::Request { request: Request::Stop { .. }, reply } => Some(reply),
+            _ => None,
+        }));
         for reply in self.stopping.drain(..) {
-            reply.done(Ok(value.clone()));
+            reply.done(answer.clone());
         }
+    }
+
+    fn pause(&mut self, running: Running, reply: Reply) -> Next {
+        let (vm, paused) = resting::pause(running, self.inbox, &mut self.deferred, &reply);
+        reply.done(paused.map(|()| vm.info()));
+        Next::Go(vm)
     }
 
     fn migrate(&mut self, vm: Vm, request: &MigrateRequest, reply: Reply) -> Next {
@@ -176,22 +196,12 @@ impl Control<'_> {
         let mover = Mover { inbox: self.inbox, deferred: &mut self.deferred };
         match mover.migrate(vm, request, reply, &vacate) {
             Moved::Away(to) => {
-                self.stop_there(&to);
+                // Who wants the guest stopped hears that it goes on elsewhere.
+                self.answer_stopping(&Err(ApiError::conflict(&to)));
                 Next::End(Ok(End::Moved(to)))
             }
             Moved::Here(vm) => Next::Go(vm),
             Moved::Ended(why) => Next::End(Ok(End::Stopped(why))),
-        }
-    }
-
-    /// Who wants the guest stopped hears that it goes on elsewhere.
-    fn stop_there(&mut self, moved: &str) {
-        self.stopping.extend(self.deferred.drain(..).filter_map(|event| match event {
-            Event::Request { request: Request::Stop { .. }, reply } => Some(reply),
-            _ => None,
-        }));
-        for reply in self.stopping.drain(..) {
-            reply.done(Err(ApiError::conflict(moved)));
         }
     }
 
@@ -201,11 +211,7 @@ impl Control<'_> {
                 reply.done(Ok(vm.info()));
                 Next::Go(vm)
             }
-            (Request::Pause, Vm::Running(running)) => {
-                let vm = Vm::Paused(running.stop());
-                reply.done(Ok(vm.info()));
-                Next::Go(vm)
-            }
+            (Request::Pause, Vm::Running(running)) => self.pause(running, reply),
             (Request::Resume, Vm::Paused(machine)) => {
                 let vm = Vm::Running(machine.start());
                 reply.done(Ok(vm.info()));

@@ -25,6 +25,7 @@ pub mod migrate;
 pub mod moving;
 pub mod pagemap;
 pub mod platform;
+pub mod resting;
 pub mod running;
 pub mod signals;
 pub mod stats;

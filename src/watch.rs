@@ -1,4 +1,5 @@
-//! Watches a migration or a snapshot: tells its client how far it is, and answers the others meanwhile.
+//! Watches what takes a while, a migration or a snapshot as a rule: tells its client how far it is, and answers the others
+//! meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::Receiver;
@@ -22,14 +23,20 @@ pub enum Errand {
     Migration,
     /// It is written to a directory.
     Snapshot,
+    /// It is being paused: its devices are at some I/O.
+    Pause,
+    /// It ends, or resets: its devices are at some I/O.
+    End,
 }
 
 impl Errand {
     /// The VM's state meanwhile, and the field of `vmm info` that tells how far it is.
-    fn names(self) -> (&'static str, &'static str) {
+    fn names(self) -> (&'static str, Option<&'static str>) {
         match self {
-            Self::Migration => ("migrating", "migration"),
-            Self::Snapshot => ("snapshotting", "snapshot"),
+            Self::Migration => ("migrating", Some("migration")),
+            Self::Snapshot => ("snapshotting", Some("snapshot")),
+            Self::Pause => ("pausing", None),
+            Self::End => ("stopping", None),
         }
     }
 
@@ -42,6 +49,10 @@ impl Errand {
             Self::Snapshot => {
                 "a snapshot of the VM is being written: wait for the end, or cancel it (Ctrl-C there)"
             }
+            Self::Pause => {
+                "the VM is being paused, once its devices' I/O has ended: wait, or let it go on (vmm resume VM)"
+            }
+            Self::End => "the VM is stopping, once its devices' I/O has ended",
         }
     }
 
@@ -49,6 +60,8 @@ impl Errand {
         match self {
             Self::Migration => matches!(request, Request::CancelMigration),
             Self::Snapshot => matches!(request, Request::CancelSnapshot),
+            Self::Pause => matches!(request, Request::Resume),
+            Self::End => false,
         }
     }
 }
@@ -98,9 +111,13 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Whether the guest is no longer needed: a snapshot has all of it.
+    /// Whether the guest is no longer needed: a snapshot has all of it, or it ends.
     fn is_past(&self, stage: Stage) -> bool {
-        self.errand == Errand::Snapshot && stage == Stage::Commitment
+        match self.errand {
+            Errand::Snapshot => stage == Stage::Commitment,
+            Errand::End => true,
+            Errand::Migration | Errand::Pause => false,
+        }
     }
 
     fn look(&mut self, progress: &Progress) {
@@ -109,15 +126,25 @@ impl<'a> Watch<'a> {
                 Event::Request { request: Request::Info, reply } => {
                     let (state, field) = self.errand.names();
                     let mut info = Vm::describe(self.config, state);
-                    info[field] = value(progress);
+                    if let Some(field) = field {
+                        info[field] = value(progress);
+                    }
                     reply.done(Ok(info));
                 }
                 Event::Request { request, reply } if self.errand.is_cancelled_by(&request) => {
                     self.cancelled = Some(None);
-                    reply.done(Ok(json!({})));
+                    reply.done(Ok(match self.errand {
+                        Errand::Pause => Vm::describe(self.config, "running"),
+                        _ => json!({}),
+                    }));
                 }
-                // The guest has gone on from what is written, whatever becomes of it.
+                // Whatever becomes of the guest now, it changes nothing.
                 Event::Guest(_) | Event::Vcpu { .. } if self.is_past(progress.stage) => {
+                    self.deferred.push_back(event);
+                }
+                Event::Request { request: Request::Stop { force: false }, .. }
+                    if self.errand == Errand::End =>
+                {
                     self.deferred.push_back(event);
                 }
                 Event::Request { request: Request::Stop { force: true }, .. }

@@ -226,17 +226,17 @@ impl Client {
         }
     }
 
-    /// Waits for an answer as long as the client does.
+    /// Waits a while for an answer, as long as the client does: `Still` if there is none.
     fn next_answer(&self, answers: &Receiver<Answer>) -> io::Result<Answer> {
-        loop {
-            match answers.recv_timeout(PEER_CHECK) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Disconnected) => return Ok(Answer::Done(Err(ended()))),
-                Err(RecvTimeoutError::Timeout) if self.connection.stream.peer_is_gone() => {
+        match answers.recv_timeout(PEER_CHECK) {
+            Ok(Answer::Still) | Err(RecvTimeoutError::Timeout) => {
+                if self.connection.stream.peer_is_gone() {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Answer::Still)
             }
+            Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Disconnected) => Ok(Answer::Done(Err(ended()))),
         }
     }
 

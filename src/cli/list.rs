@@ -17,8 +17,8 @@ usage: vmm list [--json]
 
 Shows the VMs whose control sockets are in $XDG_RUNTIME_DIR/vmm (root: /run/vmm). A VM with a --control of
 its own is not among them. States: running, paused, arriving (a migration brings it), migrating, in-doubt,
-snapshotting, dead (its process was killed, the socket is left until a VM of that name starts, or any VM if
-it was vm-PID), busy (no answer within a second), error.
+snapshotting, pausing and stopping (its storage takes long), dead (its process was killed, the socket is left until a
+VM of that name starts, or any VM if it was vm-PID), busy (no answer within a second), error.
 
   --json   as a JSON array of objects: name, socket, state; for a VM that answers also pid and (once it is here) config,
            for one in state error also error

@@ -30,7 +30,8 @@ example: vmm info web
 pub const PAUSE_HELP: &str = "\
 usage: vmm pause VM [--json]
 
-Stops a VM's vCPUs; its memory stays. A VM that is paused stays so. VM is a name or a control socket's path.
+Stops a VM's vCPUs, once its devices' I/O has ended; its memory stays. A VM that is paused stays so. Where storage takes
+long, Ctrl-C or vmm resume takes the pause back, as do 30 s. VM is a name or a control socket's path.
 
   --json   print the VM's state as JSON, as 'vmm info --json' does
 

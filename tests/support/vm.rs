@@ -72,10 +72,16 @@ impl Place {
 
     /// A command of `vmm`'s for the VM that runs here.
     pub fn tell(&self, command: &[&str]) -> Output {
+        self.client(command).output().unwrap()
+    }
+
+    /// The same, to be started.
+    pub fn client(&self, command: &[&str]) -> Command {
         let (first, rest) = command.split_first().unwrap();
         let mut client = Command::new(binary());
         client.arg(first).arg(self.path("vm.sock")).args(rest).stdin(Stdio::null());
-        client.output().unwrap()
+        client.stdout(Stdio::piped()).stderr(Stdio::piped());
+        client
     }
 }
 
@@ -201,9 +207,17 @@ impl Vm {
 
     /// Whether its process has a thread of this name.
     pub fn has_thread(&self, name: &str) -> bool {
+        self.thread(name).is_some()
+    }
+
+    /// The number of its process's thread of this name.
+    pub fn thread(&self, name: &str) -> Option<String> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().flatten();
-        let mut names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")));
-        names.any(|found| found.is_ok_and(|found| found.trim() == name))
+        let called = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm"))
+                .is_ok_and(|found| found.trim() == name)
+        };
+        tasks.into_iter().find(called).map(|task| task.file_name().into_string().unwrap())
     }
 
     /// Sends a signal.
