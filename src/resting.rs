@@ -32,15 +32,15 @@ pub fn pause(
         if reply.is_awaited() { watch.observe(&progress) } else { Flow::Cancel }
     });
     if let Ok(Flow::Cancel) = settled {
-        let why = "the VM goes on: the I/O of its devices had not ended".to_owned();
+        let why = "the VM was not paused: the I/O of its devices had not ended".to_owned();
         return (Vm::Running(running), Err(ApiError::conflict(watch.explain(why))));
     }
     // Where there is no thread to wait on, it takes as long as it takes.
     (Vm::Paused(running.stop()), Ok(()))
 }
 
-/// Brings a VM home that ends. `None`: its devices' I/O took longer than `patience`, or than the next order to end. The VM is
-/// left as it is then, for this process to end with: nobody can wait for the thread that its storage holds.
+/// Brings a VM home that ends. `None`: its devices' I/O took longer than `patience`, or than the next order to end. What is left
+/// of the VM ends with this process then.
 pub fn bring_home(
     vm: Vm,
     inbox: &Receiver<Event>,
@@ -63,7 +63,7 @@ pub fn bring_home(
         tracing::warn!(
             "the I/O of a device has not ended in {ms} ms: it is left to this host, and what it was to write may be missing"
         );
-        std::mem::forget(running);
+        running.abandon();
         return None;
     }
     Some(running.stop())

@@ -9,6 +9,7 @@ use vmm_devices::serial::Serial;
 use vmm_migration::channel::Flow;
 
 use crate::arch::clock;
+use crate::console::Console;
 use crate::io_thread::Rest;
 use crate::machine::{Core, Machine};
 use crate::throttle::Ticker;
@@ -83,6 +84,17 @@ impl Running {
         let machine = Machine { vcpus, buses, core };
         machine.keep(&typed);
         machine
+    }
+
+    /// Leaves it to the end of this process, since its devices' I/O can't be waited for: the vCPUs are told to stop, and the
+    /// console, a terminal perhaps, isn't the machine's any more.
+    pub fn abandon(self) {
+        let Self { ticker, rest, buses, mut core } = self;
+        drop(ticker);
+        core.threads.iter().for_each(VcpuThread::stop);
+        core.console = Arc::new(Console::none());
+        // To drop them is to wait for the I/O thread.
+        std::mem::forget((rest, buses, core));
     }
 
     pub(crate) fn core(&self) -> &Core {

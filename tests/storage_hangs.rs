@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use support::guests::Guest;
 use support::moves::until;
-use support::vm::{Vm, has_kvm};
+use support::vm::{Place, Vm, has_kvm};
 
 const LEFT: &str = "it is left to this host";
 
@@ -22,8 +22,13 @@ struct Hung {
 
 impl Hung {
     fn new() -> Self {
-        let vm = Vm::start(Guest::echo(), &[]);
+        Self::hold(Vm::start(Guest::echo(), &[]))
+    }
+
+    fn hold(vm: Vm) -> Self {
         vm.wait_until_up();
+        // A thread names itself.
+        until("has an I/O thread", || vm.has_thread("io"));
         // PTRACE_SEIZE, PTRACE_INTERRUPT, and wait4 with __WALL until it stands; then until it has ended.
         const PROGRAM: &str = "my $t = int $ARGV[0]; syscall(101, 0x4206, $t, 0, 0) == 0 or die $!; \
                                syscall(101, 0x4207, $t, 0, 0) == 0 or die $!; \
@@ -94,7 +99,7 @@ fn a_pause_waits_for_storage_and_can_be_taken_back() {
     check_failed(&other, "is being paused, once its devices' I/O has ended");
     hung.until_state("pausing");
     hung.vm.tell(&["resume"]);
-    let why = "the VM goes on: the I/O of its devices had not ended";
+    let why = "the VM was not paused: the I/O of its devices had not ended";
     check_failed(&client.wait_with_output().unwrap(), why);
     hung.check_runs();
 
@@ -131,11 +136,17 @@ fn a_forced_stop_waits_for_storage_for_a_while() {
     if !has_kvm() {
         return;
     }
-    let mut hung = Hung::new();
+    let place = Place::new();
+    let console = place.path("console");
+    let command = place.run(Guest::echo(), &["--serial", &format!("unix:{}", console.display())]);
+    let mut hung = Hung::hold(Vm::spawn(place, command));
+    assert!(console.exists());
     let client = hung.told(&["stop", "--force"], "stopping");
     // Nobody has to say it twice.
     check_succeeded(client);
     hung.check_leaves();
+    // As it gives back a terminal.
+    assert!(!console.exists(), "its console is left");
 
     // Where the I/O comes to its end, so does the VM, and nothing is said of it.
     let mut hung = Hung::new();

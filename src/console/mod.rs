@@ -98,6 +98,12 @@ impl Console {
         Self::start(target, events, Input::take_terminal)
     }
 
+    /// One that takes nothing and gives nothing.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { live: None }
+    }
+
     /// As [`Self::open`], for a guest that is yet to come: until [`Self::begin`] a terminal stays as it is, with Ctrl-C a
     /// signal to this process.
     ///
@@ -114,7 +120,7 @@ impl Console {
     ) -> Result<Self, ConsoleError> {
         let mut socket = None;
         let (sink, source) = match target {
-            SerialTarget::Null => return Ok(Self { live: None }),
+            SerialTarget::Null => return Ok(Self::none()),
             SerialTarget::Stdio => (Sink::Stdout(io::stdout()), stdin()),
             SerialTarget::File(path) => {
                 let opened = File::options().append(true).create(true).open(path);
