@@ -24,19 +24,15 @@ pub fn pause(
     deferred: &mut VecDeque<Event>,
     reply: &Reply,
 ) -> (Vm, Result<(), ApiError>) {
-    let config = running.core().config.clone();
-    let mut watch = Watch::new(Errand::Pause, inbox, deferred, &config, None);
-    let progress = Progress::default();
-    let settled = running.settle(&mut || {
-        // Who has gone away wants nothing any more.
-        if reply.is_awaited() { watch.observe(&progress) } else { Flow::Cancel }
-    });
-    if let Ok(Flow::Cancel) = settled {
-        let why = "the VM was not paused: the I/O of its devices had not ended".to_owned();
-        return (Vm::Running(running), Err(ApiError::conflict(watch.explain(why))));
+    // Who has gone away wants nothing any more.
+    let is_over = || !reply.is_awaited();
+    match settle(&mut running, Errand::Pause, inbox, deferred, &is_over) {
+        Ok(()) => (Vm::Paused(running.stop()), Ok(())),
+        Err(why) => {
+            let why = format!("the VM was not paused: {why}");
+            (Vm::Running(running), Err(ApiError::conflict(why)))
+        }
     }
-    // Where there is no thread to wait on, it takes as long as it takes.
-    (Vm::Paused(running.stop()), Ok(()))
 }
 
 /// Brings a VM home that ends. `None`: its devices' I/O took longer than `patience`, or than the next order to end. What is left
@@ -51,20 +47,35 @@ pub fn bring_home(
         Vm::Running(running) => running,
         Vm::Paused(machine) => return Some(machine),
     };
-    let config = running.core().config.clone();
-    let mut watch = Watch::new(Errand::End, inbox, deferred, &config, None);
-    let (progress, start) = (Progress::default(), Instant::now());
-    let settled = running.settle(&mut || {
-        let is_late = patience.is_some_and(|patience| start.elapsed() >= patience);
-        if is_late { Flow::Cancel } else { watch.observe(&progress) }
-    });
-    if let Ok(Flow::Cancel) = settled {
-        let ms = start.elapsed().as_millis();
-        tracing::warn!(
-            "the I/O of a device has not ended in {ms} ms: it is left to this host, and what it was to write may be missing"
-        );
-        running.abandon();
-        return None;
+    let start = Instant::now();
+    let is_over = || patience.is_some_and(|patience| start.elapsed() >= patience);
+    if settle(&mut running, Errand::End, inbox, deferred, &is_over).is_ok() {
+        return Some(running.stop());
     }
-    Some(running.stop())
+    let ms = start.elapsed().as_millis();
+    tracing::warn!(
+        "the I/O of a device has not ended in {ms} ms: it is left to this host, and what it was to write may be missing"
+    );
+    running.abandon();
+    None
+}
+
+/// Lets the devices' I/O come to its end, and hears clients and orders meanwhile. One of these, or `is_over`, ends the wait: why.
+fn settle(
+    running: &mut Running,
+    errand: Errand,
+    inbox: &Receiver<Event>,
+    deferred: &mut VecDeque<Event>,
+    is_over: &dyn Fn() -> bool,
+) -> Result<(), String> {
+    let config = running.core().config.clone();
+    let mut watch = Watch::new(errand, inbox, deferred, &config, None);
+    let progress = Progress::default();
+    let settled =
+        running.settle(&mut || if is_over() { Flow::Cancel } else { watch.observe(&progress) });
+    match settled {
+        Ok(Flow::Cancel) => Err(watch.explain("the I/O of its devices had not ended".to_owned())),
+        // Where there is no thread to wait on, it takes as long as it takes.
+        Ok(Flow::Continue) | Err(_) => Ok(()),
+    }
 }

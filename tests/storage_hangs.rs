@@ -165,6 +165,7 @@ fn a_guest_that_has_ended_waits_for_storage_until_an_order_to_end() {
     let mut hung = Hung::new();
     hung.vm.type_in(&[4]);
     hung.until_state("stopping");
+    until("has answered all others", || !hung.vm.has_thread("api-client"));
     let client = hung.vm.place.client(&["stop"]).spawn().unwrap();
     until("asks", || hung.vm.has_thread("api-client"));
     hung.vm.signal(Signal::INT);
